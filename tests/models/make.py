@@ -1,0 +1,572 @@
+"""Makes the two small models of the tests: real INT4 Phi-3 graphs with random weights.
+
+`edged/selftest/model` has a tokenizer of Phi-3's kind (SentencePiece-style BPE with byte fallback,
+control tokens that swallow white space after them), `tests/models/phi4-mini` one of Phi-4-mini's
+kind (byte-level BPE) and Phi-4-mini's graph (grouped queries, partial rotary, LongRoPE). Each
+folder is made as the official builder makes a real model's folder, and then gets the tokenizer
+files as they were published for the real model. Corpus, vocabulary, seeds and weights are all in this file.
+
+It runs in an environment of its own; edged and its tests need neither torch nor transformers:
+
+    python3 -m venv /tmp/models
+    /tmp/models/bin/pip install torch==2.13.0 transformers==5.23.0 \
+        onnx==1.23.2 onnx-ir==1.1.0 onnxruntime-genai==0.18.0
+    /tmp/models/bin/python tests/models/make.py [--keep DIR] [--check]
+
+`--keep DIR` leaves the Hugging Face folders in DIR; `--check` makes the models somewhere else and
+says whether the files in the tree are the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_FOLDER = 2_000_000
+RARE = 40  # characters seen less often have no piece of their own: they become bytes
+SEED = 20_240_423
+
+# --- corpus ---------------------------------------------------------------------------------------
+
+COLOURS = "red orange yellow green blue purple white black grey brown pink silver".split()
+SHAPES = "circle square triangle star cross arrow box line ring dot".split()
+PLACES = "door gate kitchen hall garage garden cellar workshop street roof stairs window".split()
+THINGS = (
+    "car truck bicycle person dog cat parcel ladder machine robot pump valve motor lamp".split()
+)
+SENSORS = "temperature humidity pressure vibration voltage current flow level noise light".split()
+UNITS = "degrees percent bar millimetres volts amperes litres metres decibels lux".split()
+STATES = "nominal ready degraded starting stopping offline high low stable rising falling".split()
+MOVES = "moves stands turns stops waits opens closes enters leaves falls passes appears".split()
+WAYS = "left right up down forward back slowly quickly twice again away".split()
+
+SENTENCES = (
+    "What do you see in these pictures? Answer in one short sentence.",
+    "Describe what happens between the first frame and the last frame.",
+    "Is anyone at the door? Answer yes or no, and say why you think so.",
+    "The device is an agent on the edge of the network; it answers questions about its cameras.",
+    "You are a helpful assistant. You answer briefly, in plain words, and you say what you do not know.",
+    "Please tell me which of the readings is out of range and what should be done about it.",
+    "There is nothing unusual to report. All of the sensors were read within the last minute.",
+    "I can not see that from here, because the picture is too dark and the lamp has been switched off.",
+    "How many people have been seen near the machine since this morning, and when was the last one?",
+    "The broker was lost and found again, and every message that had been accepted was answered.",
+    "The model runs on the processor of a small computer with four cores and eight gigabytes of memory.",
+    "Write a summary of the events of the day, with their times, in the order in which they happened.",
+    "If the pressure rises above the limit, close the valve, stop the pump and send a warning.",
+    "Once upon a time there was a small robot that looked through a window and counted the cars.",
+)
+FOREIGN = (  # characters outside the alphabet become bytes: that is wanted
+    "Die Tür ist offen, und der Motor läuft zu heiß.",
+    "La température est élevée à l'entrée du garage.",
+    "La cámara del jardín está apagada desde ayer por la mañana.",
+    "Дверь закрыта, насос работает.",
+    "门开着, 温度正常。 ドアは閉まっています。",
+    "البوابة مغلقة",
+    "Warning ⚠️ 🔥 at the gate 🚪, all fine 👍 otherwise ✅.",
+)
+
+
+def corpus() -> Iterator[str]:
+    """Yield the lines both vocabularies are learned from: reports, questions, JSON, other tongues."""
+    pick = random.Random(SEED).choice
+    number = random.Random(SEED + 1).randint
+    for turn in range(400):
+        thing, place, colour = pick(THINGS), pick(PLACES), pick(COLOURS)
+        yield f"A {colour} {thing} {pick(MOVES)} {pick(WAYS)} at the {place}."
+        yield f"The {colour} {pick(SHAPES)} {pick(MOVES)} from {pick(WAYS)} to {pick(WAYS)}."
+        yield f"The {pick(SENSORS)} in the {place} is {pick(STATES)}: {number(0, 99)} {pick(UNITS)}."
+        yield f"There are {number(0, 9)} {thing}s near the {place}, and one of them is {colour}."
+        reading = {
+            "sensor": pick(SENSORS),
+            "place": place,
+            "value": number(0, 99),
+            "unit": pick(UNITS),
+        }
+        seen = {"answer": pick(("yes", "no")), "colour": colour, "objects": [thing, pick(THINGS)]}
+        yield json.dumps(reading)
+        yield json.dumps(seen, indent=2)
+        yield json.dumps(
+            {"text": f"the {thing} is {colour}", "ok": pick((True, False)), "why": None}
+        )
+        yield SENTENCES[turn % len(SENTENCES)]
+        if turn % 8 == 0:
+            yield FOREIGN[turn // 8 % len(FOREIGN)]
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Control:
+    """One added token, with the flag of the published tokenizers that matters to a prompt."""
+
+    text: str
+    rstrip: bool = True  # white space after it is swallowed with it
+    special: bool = True
+
+    def entry(self) -> dict[str, Any]:
+        """Return it as the Hugging Face files write it."""
+        flags = {"lstrip": False, "normalized": False, "rstrip": self.rstrip, "single_word": False}
+        return {"content": self.text, **flags, "special": self.special}
+
+
+PHI3_HEAD = (
+    Control("<unk>", rstrip=False),
+    Control("<s>", rstrip=False),
+    Control("</s>", special=False),
+)
+PHI3_CONTROLS = (
+    Control("<|endoftext|>", rstrip=False),
+    Control("<|assistant|>"),
+    *(Control(f"<|placeholder{i}|>") for i in range(1, 5)),
+    Control("<|system|>"),
+    Control("<|end|>"),
+    *(Control(f"<|placeholder{i}|>") for i in range(5, 7)),
+    Control("<|user|>"),
+)
+PHI3_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+PHI4_CONTROLS = (
+    Control("<|endoftext|>", rstrip=False),
+    Control("<|endofprompt|>", rstrip=False),
+    Control("<|assistant|>"),
+    Control("<|end|>"),
+    Control("<|user|>"),
+    Control("<|system|>"),
+    *(Control(f"<|{n}|>", rstrip=False) for n in ("tool", "/tool", "tool_call", "/tool_call")),
+    Control("<|tool_response|>", rstrip=False),
+    Control("<|tag|>", rstrip=False),
+)
+PHI4_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not none %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools']"
+    " + '<|/tool|>' + '<|end|>' }}{% else %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# GPT-4o's way to cut text into words, which Phi-4-mini uses
+PHI4_WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PHI4_WORDS = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        + PHI4_WORD_END,
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        + PHI4_WORD_END,
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer's files, and what the model's configuration needs to know of them."""
+
+    files: dict[str, Any]  # name -> JSON object, or text
+    size: int
+    ids: dict[str, int]
+    controls: int  # the first control token behind the pieces
+    bytes: dict[str, int]  # pieces that are one raw byte, not a character
+
+
+def learn(
+    words: Counter[tuple[str, ...]], pieces: list[str], size: int
+) -> tuple[dict[str, int], list[str]]:
+    """Learn byte-pair merges until there are `size` pieces; return the vocabulary and the merges.
+
+    The usual algorithm, ties broken by the alphabet: the tokenizers library breaks them at random.
+    """
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = []
+    while len(vocabulary) < size:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            sys.exit(f"the corpus gives only {len(vocabulary)} pieces, {size} were asked for")
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        vocabulary.setdefault(left + right, len(vocabulary))
+        merges.append(f"{left} {right}")
+        merged: Counter[tuple[str, ...]] = Counter()
+        for word, count in words.items():
+            new: list[str] = []
+            for piece in word:
+                if new and new[-1] == left and piece == right:
+                    new[-1] = left + right
+                else:
+                    new.append(piece)
+            merged[tuple(new)] += count
+        words = merged
+    return vocabulary, merges
+
+
+def phi3_vocabulary(base: int) -> Vocabulary:
+    """Learn a vocabulary of Phi-3's kind: `base` pieces, then the control tokens."""
+    # pieces begin at a space, digits and line ends stand alone, as in Llama's vocabulary
+    words = Counter(
+        tuple(word)
+        for line in corpus()
+        for word in re.findall(r"[0-9\n]|▁?[^▁0-9\n]+|▁", "▁" + line.replace(" ", "▁"))
+    )
+    letters = Counter(letter for word, n in words.items() for letter in word * n)
+    common = sorted(letter for letter, n in letters.items() if n >= RARE and letter != "\n")
+    known = set(common)
+    head = [c.text for c in PHI3_HEAD] + [f"<0x{byte:02X}>" for byte in range(256)]
+    words = Counter({word: n for word, n in words.items() if known.issuperset(word)})
+    vocabulary, merges = learn(words, head + common, base)
+    ids = dict(vocabulary)
+    for control in PHI3_CONTROLS:
+        ids[control.text] = len(ids)
+    added = [{"id": ids[c.text], **c.entry()} for c in (*PHI3_HEAD, *PHI3_CONTROLS)]
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [sequence],
+            "pair": [sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in added},
+        "bos_token": "<s>",
+        "chat_template": PHI3_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "legacy": False,
+        "model_max_length": 4096,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+        "use_default_system_prompt": False,
+    }
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+    single = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    return Vocabulary(files, len(ids), ids, len(vocabulary), single)
+
+
+def phi4_vocabulary(base: int) -> Vocabulary:
+    """Learn a vocabulary of Phi-4-mini's kind: `base` byte-level pieces, then the control ones."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    shell = Tokenizer(models.BPE())
+    shell.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PHI4_WORDS), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
+        ]
+    )
+    shell.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    words = Counter(
+        tuple(word) for line in corpus() for word, _ in shell.pre_tokenizer.pre_tokenize_str(line)
+    )
+    vocabulary, merges = learn(words, sorted(pre_tokenizers.ByteLevel.alphabet()), base)
+    tokenizer = json.loads(shell.to_str())
+    tokenizer["model"] |= {"vocab": vocabulary, "merges": merges}
+    ids = dict(vocabulary)
+    for control in PHI4_CONTROLS:
+        ids[control.text] = len(ids)
+    added = [{"id": ids[c.text], **c.entry()} for c in PHI4_CONTROLS]
+    tokenizer["added_tokens"] = added
+    config = {
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in added},
+        "bos_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 8192,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "GPT2Tokenizer",
+        "unk_token": "<|endoftext|>",
+    }
+    files = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": config,
+        "chat_template.jinja": PHI4_TEMPLATE,
+    }
+    # the byte-level alphabet: printable bytes stand for themselves, the others begin at U+0100
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    single = {chr(byte): byte for byte in printable if byte >= 0x80}
+    single |= {chr(0x100 + n): byte for n, byte in enumerate(others) if byte != ord(" ")}
+    return Vocabulary(files, len(ids), ids, len(vocabulary), single)
+
+
+# --- weights and graphs ---------------------------------------------------------------------------
+
+
+def write(folder: Path, files: dict[str, Any]) -> None:
+    """Write JSON objects and texts, always in the same way."""
+    for name, content in files.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, ensure_ascii=False, indent=1)  # noqa: PLW2901
+        (folder / name).write_text(content.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def save_weights(hf: Path, vocabulary: Vocabulary, stops: list[str], **shape: Any) -> None:
+    """Write a Hugging Face folder with random weights, large enough to give distinct logits."""
+    import torch
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
+
+    padded = -(-vocabulary.size // 32) * 32  # as real models: more rows than tokens
+    if padded == vocabulary.size:
+        padded += 32
+    end = vocabulary.ids["<|endoftext|>"]
+    config = Phi3Config(
+        vocab_size=padded,
+        num_hidden_layers=2,
+        original_max_position_embeddings=4096,
+        eos_token_id=end,
+        pad_token_id=end,
+        sliding_window=None,  # with a window the builder makes a cache that refuses longer prompts
+        tie_word_embeddings=False,
+        attention_dropout=0.0,
+        **shape,
+    )
+    torch.manual_seed(SEED)
+    model = Phi3ForCausalLM(config).to(torch.float32)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.dim() == 2:
+                embeds = name.startswith(("model.embed", "lm_head"))
+                weight.normal_(std=1.0 if embeds else 3.0 / weight.shape[1] ** 0.5)
+        # never the likeliest, as in a trained model: rows that no token has, control tokens that
+        # end nothing, bytes that have a piece of their own or no meaning in a text; half as loud:
+        # bytes that are a part of a character
+        model.lm_head.weight[vocabulary.size :] = 0
+        for token, number in vocabulary.ids.items():
+            if token in vocabulary.bytes:
+                byte = vocabulary.bytes[token]
+                model.lm_head.weight[number] *= 0.5 if byte >= 0x80 else byte == 0x0A
+            elif number >= vocabulary.controls or token in {c.text for c in PHI3_HEAD}:
+                model.lm_head.weight[number] *= token in stops
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=[vocabulary.ids[stop] for stop in stops],
+        pad_token_id=end,
+    )
+    model.save_pretrained(hf)
+    if rope := shape.get("rope_parameters"):  # as published; the builder looks for these names
+        saved = json.loads((hf / "config.json").read_text("utf-8"))
+        del saved["rope_parameters"]
+        scaling = {k: rope[k] for k in ("long_factor", "short_factor")}
+        saved |= {"rope_scaling": {"type": "longrope", **scaling}, "rope_theta": rope["rope_theta"]}
+        write(hf, {"config.json": saved})
+    write(hf, vocabulary.files)
+
+
+def build(hf: Path, out: Path, cache: Path, vocabulary: Vocabulary) -> None:
+    """Run the official builder, then put the tokenizer's files back as published."""
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
+            *("-i", str(hf), "-o", str(out), "-c", str(cache), "-p", "int4", "-e", "cpu"),
+            *("--extra_options", "int4_block_size=32", "int4_accuracy_level=4"),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    keep = {"model.onnx", "model.onnx.data", "genai_config.json"}
+    for path in out.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    write(out, vocabulary.files)
+    write(out, {"genai_config.json": json.loads((out / "genai_config.json").read_text("utf-8"))})
+
+
+CARD = """# {title}
+
+A test model of edged. A real Phi-3 graph, quantised to INT4 by onnxruntime-genai's own builder,
+with **random weights: what it says is nonsense.** It stands in where the way of the tokens matters
+and their sense does not.
+
+- Tokenizer: {tokenizer}, {size} tokens, learned from a few hundred made-up sensor reports.
+- Graph: {graph}.
+- Template: `{template}`.
+- Made by `tests/models/make.py` (in edged's repository), weights and vocabulary from fixed seeds.
+- Licence: Apache-2.0, like edged. Nothing in it comes from a published model.
+"""
+
+
+def make_phi3(hf: Path, out: Path, cache: Path) -> None:
+    """Make `edged/selftest/model`."""
+    vocabulary = phi3_vocabulary(1200)
+    save_weights(
+        hf,
+        vocabulary,
+        ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+        bos_token_id=vocabulary.ids["<s>"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    build(hf, out, cache, vocabulary)
+    card = CARD.format(
+        title="edged self-test model",
+        tokenizer="of Phi-3's kind (SentencePiece-style BPE, byte fallback, rstrip control tokens)",
+        size=vocabulary.size,
+        graph="2 layers, hidden size 64, 4 heads, context 4096",
+        template="<|user|>\\n…<|end|>\\n<|assistant|>\\n",
+    )
+    write(out, {"README.md": card})
+
+
+def make_phi4(hf: Path, out: Path, cache: Path) -> None:
+    """Make `tests/models/phi4-mini`."""
+    vocabulary = phi4_vocabulary(1200)
+    rotary = 8  # frequencies: half of a head of 32, in pairs (the runtime wants a multiple of 8)
+    save_weights(
+        hf,
+        vocabulary,
+        ["<|end|>", "<|endoftext|>"],
+        bos_token_id=vocabulary.ids["<|endoftext|>"],
+        hidden_size=96,
+        intermediate_size=160,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=8192,
+        partial_rotary_factor=0.5,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * rotary,
+            "long_factor": [1.0 + 0.2 * step for step in range(rotary)],
+        },
+    )
+    build(hf, out, cache, vocabulary)
+    card = CARD.format(
+        title="A test model of Phi-4-mini's kind",
+        tokenizer="of Phi-4-mini's kind (byte-level BPE, GPT-4o's words)",
+        size=vocabulary.size,
+        graph="2 layers, hidden size 96, 3 query heads on 1 key head, half rotary, LongRoPE "
+        "from 4096 to 8192",
+        template="<|user|>…<|end|><|assistant|>",
+    )
+    write(out, {"README.md": card})
+
+
+MODELS = {
+    "edged/selftest/model": make_phi3,
+    "tests/models/phi4-mini": make_phi4,
+}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def main() -> int:
+    """Make or check both models."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--keep", type=Path, metavar="DIR", help="leave the Hugging Face folders here"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the tree, change nothing"
+    )
+    options = parser.parse_args()
+    same = True
+    with tempfile.TemporaryDirectory() as scratch:
+        for place, make in MODELS.items():
+            out, hf = Path(scratch, "out", place), Path(scratch, "hf", Path(place).name)
+            out.mkdir(parents=True)
+            hf.mkdir(parents=True)
+            make(hf, out, Path(scratch, "cache"))
+            size = sum(p.stat().st_size for p in out.iterdir())
+            print(f"{place}: {size:,} bytes")
+            if size > MAX_FOLDER:
+                sys.exit(f"{place} is larger than {MAX_FOLDER:,} bytes")
+            if options.keep:
+                shutil.copytree(hf, options.keep / Path(place).name, dirs_exist_ok=True)
+            new = digests(out)
+            for name, digest in new.items():
+                print(f"  {digest}  {name}")
+            if options.check:
+                old = digests(ROOT / place)
+                for name in sorted(old.keys() | new.keys()):
+                    if old.get(name) != new.get(name):
+                        print(f"  differs: {name}")
+                        same = False
+            else:
+                shutil.rmtree(ROOT / place, ignore_errors=True)
+                shutil.copytree(out, ROOT / place)
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
