@@ -1,0 +1,113 @@
+"""Counts and measured speeds: what the heartbeat totals, and what `eta_s` is learned from."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from edged.jobs import Job, Outcome
+from edged.ports import Completed
+
+#: How many recent jobs the medians are taken over.
+RECENT = 20
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts since this instance began; the five outcomes are disjoint."""
+
+    accepted: int = 0
+    completed: int = 0
+    failed: int = 0
+    refused: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    dead: int = 0
+    duplicates: int = 0
+
+    def ended(self, outcome: Outcome) -> None:
+        """Count a job's end."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+
+
+class Speed:
+    """What recent jobs cost on this box with this model."""
+
+    def __init__(self) -> None:
+        self._runs: deque[dict[str, float]] = deque(maxlen=RECENT)
+
+    def learn(self, job: Job, completed: Completed) -> None:
+        """Take in a finished run."""
+        usage = [answer.usage for answer in completed.answers]
+        timings = completed.timings
+        prompt = sum(part.prompt_tokens - part.cached_tokens for part in usage)
+        self._runs.append(
+            {
+                "prompt_tokens": prompt,
+                "prompt_chars": max(1, prompt_chars(job)),
+                "all_prompt_tokens": sum(part.prompt_tokens for part in usage),
+                "tokens": sum(part.completion_tokens for part in usage),
+                "prefill_s": timings.prefill_ms / 1e3,
+                "generate_s": timings.generate_ms / 1e3,
+                "ttft_ms": timings.ttft_ms,
+                "tokens_per_second": timings.tokens_per_second,
+            }
+        )
+
+    def _median(self, name: str) -> float | None:
+        return median(run[name] for run in self._runs) if self._runs else None
+
+    def typical_s(self) -> float | None:
+        """Return what a job takes at the median, seconds; None before the first."""
+        if not self._runs:
+            return None
+        return median(run["prefill_s"] + run["generate_s"] for run in self._runs)
+
+    def estimate_s(self, job: Job) -> float | None:
+        """Return what this job will likely take, in seconds; None before the first result.
+
+        Prefill: the prompt's length in characters at the tokens a character and seconds a token
+        seen. Generation: as many tokens as at the median, or `max_tokens` if that is less.
+        """
+        if not self._runs:
+            return None
+        per_char = sum(run["all_prompt_tokens"] for run in self._runs) / sum(
+            run["prompt_chars"] for run in self._runs
+        )
+        tokens = float(self._median("tokens") or 0.0)
+        asked = job.request.get("max_tokens")
+        if isinstance(asked, int):
+            tokens = min(tokens, asked)
+        prefill = prompt_chars(job) * per_char * self._per("prefill_s", "prompt_tokens")
+        return prefill + tokens * self._per("generate_s", "tokens")
+
+    def _per(self, cost: str, count: str) -> float:
+        total = sum(run[count] for run in self._runs)
+        return sum(run[cost] for run in self._runs) / total if total else 0.0
+
+    def snapshot(self) -> dict[str, float | None]:
+        """Return the heartbeat's `speed`."""
+        prefill = self._per("prefill_s", "prompt_tokens")
+        ttft, tokens = self._median("ttft_ms"), self._median("tokens_per_second")
+        return {
+            "ttft_ms_p50": None if ttft is None else round(ttft, 1),
+            "prefill_tokens_per_second": round(1 / prefill, 2) if prefill else None,
+            "tokens_per_second_p50": None if tokens is None else round(tokens, 2),
+        }
+
+
+def prompt_chars(job: Job) -> int:
+    """Return the length of all text that a job puts in front of the model, in characters."""
+
+    def count(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if isinstance(value, list):
+            return sum(count(item) for item in value)
+        if isinstance(value, dict):
+            return sum(count(item) for name, item in value.items() if name in {"content", "text"})
+        return 0
+
+    return sum(count(job.request.get(name)) for name in ("system", "prompt", "messages"))

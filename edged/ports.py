@@ -1,0 +1,356 @@
+"""The three outside things the core talks to: a clock, a broker, an engine.
+
+Each port has a real adapter and an in-memory twin in `edged.testing`; one contract suite runs
+against both (tests/contract).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol
+
+from edged.jobs import Stamp
+
+#: Called with a label at every step whose interruption a test may want to force; see
+#: `edged.testing`. In production it does nothing.
+Trace = Callable[[str], None]
+
+
+def no_trace(_label: str) -> None:
+    """Do nothing: the production trace."""
+
+
+# Clock ------------------------------------------------------------------------------------------
+
+
+class Clock(Protocol):
+    """Time. Timers use `monotonic`; `stamp` is what may be stored."""
+
+    def monotonic(self) -> float:
+        """Return seconds from an arbitrary start, never going back; stops during suspend or not."""
+        ...
+
+    def stamp(self) -> Stamp:
+        """Return this moment in every clock there is."""
+        ...
+
+    def resume(self, ran: float) -> None:
+        """Tell how long edged had run on this journal before this start, in seconds."""
+        ...
+
+
+# Broker -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an ack needs: a packet id, and the connection within which it means this message."""
+
+    generation: int
+    mid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incoming:
+    """A message from the broker."""
+
+    topic: str
+    #: None: the inbound byte budget was full and the bytes were let go; `size` tells how many.
+    payload: bytes | None = field(repr=False)
+    size: int
+    qos: int
+    retain: bool = False
+    duplicate: bool = False
+    response_topic: str | None = None
+    correlation: bytes | None = None
+    expiry_s: int | None = None
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outgoing:
+    """A message for the broker."""
+
+    topic: str
+    payload: bytes = field(repr=False)
+    qos: Literal[0, 1] = 0
+    retain: bool = False
+    correlation: bytes | None = None
+    #: MQTT 5 message expiry, seconds; left out on 3.1.1.
+    expiry_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One connection that the broker has accepted, with the limits it set in its CONNACK."""
+
+    generation: int
+    session_present: bool
+    #: How many QoS 1 messages may be unacknowledged at once.
+    receive_maximum: int = 65535
+    maximum_packet_size: int | None = None
+    maximum_qos: int = 1
+    retain_available: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PubAck:
+    """The broker's answer to a QoS 1 publish. `failed`: it did not take the message."""
+
+    failed: bool
+    reason: str
+
+
+class BusListener(Protocol):
+    """What a bus calls, on the event loop, in the order things happened. Must not block."""
+
+    def on_connected(self, session: Session) -> None:
+        """Take note of a new connection; a kept session's messages may come before the grants."""
+        ...
+
+    def on_subscribed(self, refused: tuple[str, ...]) -> None:
+        """Take note that the broker answered the subscriptions; `refused` names the failed ones."""
+        ...
+
+    def on_disconnected(self, reason: str) -> None:
+        """Take note that the connection is gone: its receipts and unanswered publishes are void.
+
+        Also called, with the reason, for an attempt that never became a connection.
+        """
+        ...
+
+    def on_message(self, message: Incoming) -> None:
+        """Take a message."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BusState:
+    """How the connection is; a snapshot."""
+
+    connected: bool
+    reconnects: int
+    last_reason: str | None
+    #: The client id was taken over repeatedly: somebody else uses it.
+    stolen: bool = False
+
+
+class Bus(Protocol):
+    """A connection to a broker that comes back by itself."""
+
+    async def run(self, listener: BusListener) -> None:
+        """Connect, and connect again whenever the connection goes, until `close`."""
+        ...
+
+    @property
+    def state(self) -> BusState:
+        """How the connection is."""
+        ...
+
+    @property
+    def session(self) -> Session | None:
+        """The live connection's limits; None while there is none."""
+        ...
+
+    def publish(self, message: Outgoing) -> asyncio.Future[PubAck]:
+        """Send at QoS 1. The future gets the broker's answer.
+
+        It fails with ConnectionLost when the connection goes first (or there is none), and with
+        BadPublish, at once, for what `topics.validate_publish` forbids. The caller keeps within
+        `session.receive_maximum`.
+        """
+        ...
+
+    def offer(self, message: Outgoing) -> bool:
+        """Send at QoS 0 if the connection is up and not congested; return whether it was sent."""
+        ...
+
+    def ack(self, receipt: Receipt) -> None:
+        """Acknowledge a QoS 1 message; nothing happens if its connection is gone."""
+        ...
+
+    def stuck(self) -> str | None:
+        """Return why the network thread seems to be stuck past its own announced wait, or None."""
+        ...
+
+    async def close(self, farewell: Outgoing | None = None, timeout_s: float = 5.0) -> None:
+        """Publish `farewell` at QoS 1, wait for its answer, disconnect cleanly, end `run`."""
+        ...
+
+
+# Engine -----------------------------------------------------------------------------------------
+
+
+class EngineState(StrEnum):
+    """What the engine process does, as the heartbeat says it."""
+
+    LOADING = "loading"
+    IDLE = "idle"
+    BUSY = "busy"
+    BACKOFF = "backoff"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen. Greedy unless `temperature` is given and above 0."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    seed: int | None = None  # None: a fresh one each run
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What the engine is asked to do for one start of a job."""
+
+    job: int
+    #: Prefixes of the KV cache are shared within one client only.
+    client: str | None
+    #: `{"role": "system"|"user"|"assistant", "content": str}`, in order; the last is the user's.
+    messages: tuple[dict[str, str], ...] = field(repr=False)
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    #: A JSON schema that the answer must satisfy.
+    schema: dict[str, Any] | bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A stage moved: `done` of `total` (tokens or frames)."""
+
+    stage: Literal["prepare", "decode_images", "encode", "prefill", "token"]
+    done: int
+    total: int
+    question: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of the answer; whole UTF-8 characters, never part of a stop string."""
+
+    text: str
+    question: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts; `image_tokens` and `cached_tokens` are parts of `prompt_tokens`."""
+
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A finished text. `json` is the parsed value when a schema was asked for."""
+
+    text: str
+    finish_reason: Literal["stop", "length", "stop_string"]
+    usage: Usage
+    json: Any = None
+    has_json: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Milliseconds by stage, of one start; `ttft_ms` runs from the start of the engine's work."""
+
+    decode_images_ms: float = 0.0
+    encode_ms: float = 0.0
+    prefill_ms: float = 0.0
+    ttft_ms: float = 0.0
+    generate_ms: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """The last update of a run that succeeded."""
+
+    answers: tuple[Answer, ...]
+    timings: Timings
+
+
+Update = Progress | Delta | Completed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """The loaded model and what it can do on this box."""
+
+    model: str
+    provider: Literal["cpu", "cuda"]
+    threads: int
+    max_context: int
+    vision: bool
+    json_schema: bool
+    #: The memory plan in MB: weights, encoder, feature buffer, sessions, total, limit.
+    memory: dict[str, float]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """A snapshot for the heartbeat. `trouble`: why it cannot work now, None if it can."""
+
+    state: EngineState
+    restarts: int
+    last_reason: str | None
+    trouble: str | None
+    rss_mb: float | None = None
+    sessions: int = 0
+    frame_cache_mb: float = 0.0
+    frame_cache_hits: int = 0
+
+
+class Engine(Protocol):
+    """A model that works on one task at a time, in a process that may end at any moment."""
+
+    async def run(self) -> None:
+        """Keep an engine loaded, starting it again with backoff when it ends, until `close`."""
+        ...
+
+    @property
+    def status(self) -> EngineStatus:
+        """How the engine is."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What is loaded; the last loaded one while it restarts, None before the first load."""
+        ...
+
+    async def wait_ready(self) -> EngineInfo:
+        """Wait until a task can be executed."""
+        ...
+
+    def execute(self, task: Task) -> AsyncIterator[Update]:
+        """Work on a task and yield what happens; the last update is `Completed`.
+
+        Raises:
+            JobFailed: the job cannot be done (too_long, memory, invalid, bad_output, …); the engine
+                lives on.
+            JobStopped: `stop` was called.
+            EngineDied: the process ended, for whatever reason.
+        """
+        ...
+
+    def stop(self, job: int) -> None:
+        """Ask for this task's end, between two chunks of prefill or two tokens."""
+        ...
+
+    def stuck(self) -> str | None:
+        """Return why the watchdog should no longer be fed on the engine's account, or None."""
+        ...
+
+    async def close(self) -> None:
+        """End the process and `run`."""
+        ...

@@ -1,0 +1,434 @@
+"""What comes in and goes out as JSON: strict parsing of requests, building of events."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from edged.errors import Code, Refused
+from edged.jobs import Key
+from edged.ports import Answer, Sampling, Timings
+from edged.topics import JOB_ID
+
+VERSION = 1
+
+M = TypeVar("M", bound=BaseModel)
+
+#: Nesting, and number of values, above which a body is refused before it is built as objects:
+#: ten megabytes of `[],` would hold the event loop for more than a second.
+MAX_DEPTH = 32
+MAX_VALUES = 10_000
+_COUNT_VALUES_ABOVE = 64 * 1024
+#: Mistakes of one body that are put into words, to find five that differ.
+_EXPLAINED = 20
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+MAX_DEADLINE_S = 30 * 86400
+MAX_STOP_CHARS = 256
+
+
+# Strict JSON ------------------------------------------------------------------------------------
+
+
+def parse_json(payload: bytes) -> dict[str, Any]:
+    """Parse a request body.
+
+    Beyond RFC 8259 it must be UTF-8 without a byte order mark and an object, and may have neither
+    duplicate keys, NaN or Infinity, numbers that overflow, lone surrogates, NUL characters, more
+    than MAX_DEPTH levels nor more than MAX_VALUES values.
+
+    Raises:
+        Refused: `invalid`, saying what is wrong and where.
+    """
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _invalid(f"the body is not UTF-8 (byte {error.start})")
+    if len(payload) > _COUNT_VALUES_ABOVE:
+        bare = _STRING.sub(b"", payload)
+        if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
+            _invalid(f"the body has more than {MAX_VALUES} values")
+    try:
+        body = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer,
+            parse_float=_number,
+        )  # fmt: skip
+        if not isinstance(body, dict):
+            _invalid("the body must be a JSON object")
+        _check_tree(body)
+    except json.JSONDecodeError as error:
+        _invalid(f"the body is not JSON: {error.msg} (line {error.lineno} column {error.colno})")
+    except RecursionError:
+        _invalid(f"the body is nested more than {MAX_DEPTH} levels deep")
+    return body
+
+
+def _invalid(message: str) -> NoReturn:
+    raise Refused(Code.INVALID, message) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        _invalid(f"the key {shown(twice)} stands twice in one object")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    _invalid(f"{name} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 19:  # noqa: PLR2004 - what fits 64 bits has at most 19 digits
+        _invalid("an integer is too large for 64 bits")
+    return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    if value in {float("inf"), float("-inf")}:
+        _invalid("a number is too large")
+    return value
+
+
+def _check_tree(body: dict[str, Any]) -> None:
+    level: list[Any] = [body]
+    values = 0
+    for _ in range(MAX_DEPTH):
+        values += len(level)
+        if values > MAX_VALUES:
+            _invalid(f"the body has more than {MAX_VALUES} values")
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, dict):
+                for key in value:
+                    _check_text(key)
+                below.extend(value.values())
+            elif isinstance(value, list):
+                below.extend(value)
+        if not below:
+            return
+        level = below
+    _invalid(f"the body is nested more than {MAX_DEPTH} levels deep")
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        if "\0" in text:
+            _invalid("a text has a NUL character")
+        return
+    if "\0" in text:
+        _invalid("a text has a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        _invalid("a text has half of a surrogate pair (\\ud800 to \\udfff)")
+
+
+def shown(name: str) -> str:
+    """Return a name from a request as it may stand in a message: short, printable, quoted."""
+    return ascii(name if len(name) <= 40 else f"{name[:40]}…")  # noqa: PLR2004
+
+
+# Requests ---------------------------------------------------------------------------------------
+
+JobId = Annotated[
+    str, StringConstraints(pattern=rf"^{JOB_ID.pattern.removesuffix(chr(92) + 'Z')}$")
+]
+Text = Annotated[str, StringConstraints(min_length=1)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    v: int = Field(VERSION, ge=VERSION, le=VERSION, description="version of this protocol")
+    id: JobId | None = Field(
+        None, description="names the job within its client; absent: given by edged"
+    )
+    reply_to: str | None = Field(
+        None, description="where the events go instead of the default response topic"
+    )
+
+
+class TextPart(BaseModel):
+    """A piece of text in a message's content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn of a conversation, in OpenAI's shape."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self) -> dict[str, str]:
+        """Return the turn with its text parts joined."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
+
+
+class JsonSchema(BaseModel):
+    """The schema that an answer must satisfy, in OpenAI's wrapping."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    name: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | bool = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must look like."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError('"json_schema" is given exactly with type "json_schema"')
+        return self
+
+
+class JobRequest(_Request):
+    """What text and vision requests have in common."""
+
+    system: str | None = Field(None, description="instructions that come before the prompt")
+    max_tokens: int | None = Field(None, ge=1, description="most tokens to generate")
+    temperature: float | None = Field(None, ge=0, le=10, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    stop: Stop | Annotated[list[Stop], Field(min_length=1, max_length=4)] | None = Field(
+        None, description="texts that end the answer; not part of it"
+    )
+    response_format: ResponseFormat | None = None
+    stream: bool = Field(True, description="false: no chunk and no progress")
+    priority: int = Field(5, ge=0, le=9, description="9 first")
+    deadline_s: float | None = Field(
+        None, gt=0, le=MAX_DEADLINE_S, description="seconds from arrival; then it is expired"
+    )
+    model: str | None = Field(None, description="must name the configured model")
+
+    def sampling(self) -> Sampling:
+        """Return how to choose tokens: greedy unless the request asks for chance."""
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        asked = (self.temperature, self.top_p, self.top_k, self.seed)
+        if self.temperature == 0 or all(value is None for value in asked):
+            return Sampling(repetition_penalty=penalty)
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k or 0,
+            seed=self.seed,
+            repetition_penalty=penalty,
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """Return the stop strings."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def schema_wanted(self) -> dict[str, Any] | bool | None:
+        """Return the JSON schema that the answer must satisfy, or None."""
+        wanted = self.response_format
+        return wanted.json_schema.schema_ if wanted and wanted.json_schema else None
+
+
+class TextRequest(JobRequest):
+    """A request on `request/text`."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _no_images(cls, messages: Any) -> Any:
+        for message in messages if isinstance(messages, list) else ():
+            content = message.get("content") if isinstance(message, dict) else None
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict) and part.get("type") == "image_url":
+                    raise ValueError("images are taken on request/vision, this is request/text")
+        return messages
+
+    @model_validator(mode="after")
+    def _one_way_to_ask(self) -> TextRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError('exactly one of "prompt" and "messages" is needed')
+        if self.messages is not None:
+            if self.messages[-1].role != "user":
+                raise ValueError('the last of "messages" must be the user\'s')
+            systems = [i for i, message in enumerate(self.messages) if message.role == "system"]
+            if systems and (systems != [0] or self.system is not None):
+                raise ValueError('there may be one system text: first in "messages", or "system"')
+            if not self.messages[-1].plain()["content"]:
+                raise ValueError('the last of "messages" has no text')
+        return self
+
+    def conversation(self) -> tuple[dict[str, str], ...]:
+        """Return the turns, the system text first, the user's last."""
+        turns = [message.plain() for message in self.messages or ()]
+        if self.prompt is not None:
+            turns.append({"role": "user", "content": self.prompt})
+        if self.system:
+            turns.insert(0, {"role": "system", "content": self.system})
+        return tuple(turns)
+
+
+class CancelRequest(_Request):
+    """A request on `request/cancel`."""
+
+    id: JobId = Field(description="the job to cancel, of the same client")
+
+
+def validate(model: type[M], body: dict[str, Any]) -> M:
+    """Return the body as this model.
+
+    Raises:
+        Refused: `invalid`; the message names up to five fields and what each must be, and never
+            repeats a value.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False, include_context=False)
+        told: list[str] = []
+        for detail in details[:_EXPLAINED]:  # a body may have tens of thousands of mistakes
+            line = _explain(model, detail["loc"], detail["type"], detail["msg"])
+            if line not in told:
+                told.append(line)
+        more = len(told) - 5 + max(0, len(details) - _EXPLAINED)
+        tail = f" (and {more} more)" if more > 0 else ""
+        raise Refused(Code.INVALID, "; ".join(told[:5]) + tail) from None
+
+
+def _explain(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    names = {field.alias or name for name, field in model.model_fields.items()}
+    # pydantic puts the tried type's name into the path of a union's errors; only fields are kept
+    path = ".".join(str(step) for step in loc if isinstance(step, int) or step[:1].islower())
+    path = re.sub(r"\.(str|list\[.*\]|constrained-str|list)(?=\.|$)", "", path)
+    if kind == "extra_forbidden":
+        field = str(loc[-1])
+        near = get_close_matches(field, names, n=1) if len(loc) == 1 else []
+        return f"unknown field {shown(field)}" + (f", did you mean {near[0]}?" if near else "")
+    if kind == "string_pattern_mismatch" and loc[-1] == "id":
+        return "id: must be 1 to 64 characters out of A-Z a-z 0-9 . _ : -"
+    message = message.removeprefix("Value error, ")
+    return f"{path}: {message}" if path else message
+
+
+def digest(request: str, body: dict[str, Any]) -> bytes:
+    """Return what tells two requests with one id apart: the topic's kind and the parsed body.
+
+    `reply_to` is left out: asking again from elsewhere is not another question.
+    """
+    same = {name: value for name, value in body.items() if name != "reply_to"}
+    text = json.dumps([request, same], sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).digest()
+
+
+# Events -----------------------------------------------------------------------------------------
+
+
+def encode(body: dict[str, Any]) -> bytes:
+    """Return a payload: UTF-8 JSON, no NaN, no spaces."""
+    return json.dumps(
+        body, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    ).encode()  # fmt: skip
+
+
+def event(key: Key, kind: str, **fields: Any) -> bytes:
+    """Return an event of a job; fields that are None are left out."""
+    body: dict[str, Any] = {"v": VERSION, "id": key.id, "type": kind}
+    if key.client is not None:
+        body["client"] = key.client
+    body.update((name, value) for name, value in fields.items() if value is not None)
+    return encode(body)
+
+
+def error_event(key: Key, code: Code, message: str, retry_after_s: float | None = None) -> bytes:
+    """Return the `error` final of an accepted job."""
+    return event(
+        key, "error", code=str(code), message=message, retryable=code.retryable,
+        retry_after_s=retry_after_s,
+    )  # fmt: skip
+
+
+def refused_event(
+    request: str | None, key: Key | None, client: str | None, refusal: Refused
+) -> bytes:
+    """Return a refusal; `key` is None where no usable id could be read."""
+    body: dict[str, Any] = {"v": VERSION}
+    if key is not None:
+        body["id"] = key.id
+    body["type"] = "refused"
+    if client is not None:
+        body["client"] = client
+    body |= {
+        "request": request,
+        "code": str(refusal.code),
+        "message": refusal.message,
+        "retryable": refusal.code.retryable,
+    }
+    if refusal.retry_after_s is not None:
+        body["retry_after_s"] = refusal.retry_after_s
+    return encode(body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a result says about the start that made it."""
+
+    attempt: int
+    queue_ms: float
+    model: str
+
+
+def result_event(key: Key, answer: Answer, timings: Timings, run: Run) -> bytes:
+    """Return the `result` final of a job with one answer."""
+    fields: dict[str, Any] = {"text": answer.text}
+    if answer.has_json:
+        fields["json"] = answer.json
+    body = {
+        "v": VERSION, "id": key.id, "type": "result",
+        **({"client": key.client} if key.client is not None else {}),
+        **fields,
+        "finish_reason": answer.finish_reason,
+        "usage": asdict(answer.usage),
+        "timings": {"queue_ms": round(run.queue_ms, 1)}
+        | {name: round(value, 2) for name, value in asdict(timings).items()},
+        "attempt": run.attempt,
+        "model": run.model,
+        "sha256": hashlib.sha256(answer.text.encode()).hexdigest(),
+    }  # fmt: skip
+    return encode(body)
