@@ -1,0 +1,42 @@
+"""Fixtures for more than one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import structlog
+
+from tests.kit.mosquitto import PROGRAM, Authority, Mosquitto, free_port
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Mosquitto]:
+    """A mosquitto for one test, without persistence or limits of its own."""
+    if PROGRAM is None:
+        pytest.skip("mosquitto is not installed")
+    directory = tmp_path / "mosquitto"
+    directory.mkdir()
+    with Mosquitto(directory, config="max_queued_messages 0") as mosquitto:
+        yield mosquitto
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    """A port on which nobody listens."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """A certificate authority for all tests."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture
+def events() -> Iterator[list[dict[str, Any]]]:
+    """What is logged, as dictionaries."""
+    with structlog.testing.capture_logs() as captured:
+        yield cast("list[dict[str, Any]]", captured)

@@ -1,0 +1,802 @@
+"""An independent client that sees everything of a device, and the oracle over what it saw.
+
+Plain paho on its own thread, none of edged's code. Its session is kept: what the broker takes at
+QoS 1 while it is away comes later. All methods block; in a test whose own event loop must go on
+meanwhile call them through `asyncio.to_thread` (`async with` does it for start and end).
+
+    with Observer(broker.port) as observer:
+        name = observer.ask("!say well")  # any other client may ask too
+        assert observer.final(name)["text"] == "well"
+        observer.check()  # waits until all is answered, then judges
+
+The oracle (`violations`): every accepted job has a final; all finals of a job are byte-equal; no
+event names a job that nobody asked for; every request that was not accepted has a refusal with a
+code; the chunks of the final's attempt, if none is missing, are exactly its text; sha256 is right;
+order holds within a QoS; every event has exactly the fields and the QoS of the contract.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import json
+import re
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+#: Seconds a wait lasts before it fails the test.
+PATIENCE_S = 30.0
+#: What a refusal, and what the `error` final of an accepted job may say.
+REFUSALS = frozenset(
+    {
+        "invalid",
+        "too_large",
+        "unsupported",
+        "forbidden_reply",
+        "queue_full",
+        "disk_full",
+        "conflict",
+        "unknown_job",
+        "retained",
+        "no_frames",
+        "memory",
+        "stopping",
+    }
+)
+FINAL_CODES = frozenset(
+    {
+        "too_long",
+        "bad_frame",
+        "memory",
+        "invalid",
+        "unsupported",
+        "expired",
+        "cancelled",
+        "bad_output",
+        "dead",
+        "too_large",
+    }
+)
+
+Body = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Name:
+    """A job's name: ids are unique within a client."""
+
+    client: str | None
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.client}/{self.id}" if self.client else self.id
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A message that came; `number` counts all messages of an observer, `at` is monotonic."""
+
+    number: int
+    at: float
+    topic: str
+    payload: bytes
+    qos: int
+    retain: bool
+    dup: bool
+    correlation: bytes | None
+    expiry_s: int | None
+
+    @cached_property
+    def body(self) -> Body:
+        """The payload as a JSON object; {} if it is none."""
+        try:
+            body = json.loads(self.payload)
+        except ValueError:
+            return {}
+        return body if isinstance(body, dict) else {}
+
+    @cached_property
+    def question(self) -> str:
+        """What tells two requests with one id apart: the body, `reply_to` left out."""
+        body = {name: value for name, value in self.body.items() if name != "reply_to"}
+        return json.dumps(body, sort_keys=True)
+
+    @property
+    def type(self) -> str:
+        """The event's type."""
+        return str(self.body.get("type", ""))
+
+    @property
+    def name(self) -> Name | None:
+        """The job an event is about."""
+        name = self.body.get("id")
+        return Name(self.body.get("client"), name) if isinstance(name, str) else None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was published, as the broker gave it to the observer."""
+
+    seen: Seen
+    kind: str
+    client: str | None
+
+    @property
+    def name(self) -> Name | None:
+        """The job's name, if the request says one."""
+        name = self.seen.body.get("id")
+        return Name(self.client, name) if isinstance(name, str) else None
+
+
+class Observer:
+    """Subscribes, at QoS 1, to everything under `root` and to the default reply topics.
+
+    Args:
+        port: the broker's.
+        root: the device's root.
+        protocol: "5" or "3.1.1".
+        client_id: absent: a fresh one.
+        host, username, password, ca: for the broker.
+        filters: more to subscribe to, or (with `only`) all there is to subscribe to.
+        only: leave the default filters out.
+        qos: to subscribe with.
+        receive_maximum: MQTT 5: how many messages the broker may have under way to us.
+        hold: acknowledge nothing until `release`.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        root: str = "edged/box",
+        *,
+        protocol: Literal["5", "3.1.1"] = "5",
+        client_id: str | None = None,
+        host: str = "127.0.0.1",
+        username: str | None = None,
+        password: str | None = None,
+        ca: str | None = None,
+        filters: Iterable[str] = (),
+        only: bool = False,
+        qos: int = 1,
+        receive_maximum: int | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.root = root
+        self.base = root.rpartition("/")[0]
+        self.seen: list[Seen] = []
+        #: Requests of others that were sent where we could not see them (QoS 0 while away).
+        self.expected: set[Name] = set()
+        self._five = protocol == "5"
+        self._host, self._port = host, port
+        self._receive_maximum = receive_maximum
+        self._hold = hold
+        self._unacked: list[tuple[int, int]] = []
+        self._answers: dict[int, int] = {}
+        self._grants: list[int] = []
+        self._qos = qos
+        self._filters = [*filters] if only else [f"{root}/#", f"{self.base}/reply/#", *filters]
+        self._news = threading.Condition()
+        self._count = 0  # of news
+        self._rest = threading.Event()  # never set
+        self._subscribed = threading.Event()
+        self._client = client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id or f"observer-{uuid.uuid4().hex[:12]}",
+            clean_session=None if self._five else False,
+            protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
+            manual_ack=hold,
+        )
+        client.max_inflight_messages_set(100)
+        client.reconnect_delay_set(1, 1)
+        if ca is not None:
+            client.tls_set(ca)
+        if username is not None:
+            client.username_pw_set(username, password)
+        client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+
+    # Connection
+
+    def __enter__(self) -> Self:
+        self.connect()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.disconnect()
+        if kind is not None:
+            print(f"--- the observer saw ---\n{self.story()}")  # noqa: T201
+
+    async def __aenter__(self) -> Self:
+        await asyncio.to_thread(self.connect)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await asyncio.to_thread(self.__exit__, kind, error, trace)
+
+    def connect(self) -> None:
+        """Connect (again) and wait for the subscriptions."""
+        self._subscribed.clear()
+        properties = None
+        if self._five:
+            properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+            properties.SessionExpiryInterval = 3600
+            if self._receive_maximum is not None:
+                properties.ReceiveMaximum = self._receive_maximum
+        options: dict[str, Any] = {"clean_start": False} if self._five else {}
+        self._client.connect(self._host, self._port, 60, properties=properties, **options)
+        self._client.loop_start()
+        assert self._subscribed.wait(PATIENCE_S), "the observer could not subscribe"
+
+    def disconnect(self) -> None:
+        """Leave; the broker keeps what comes at QoS 1."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+    def _on_connect(self, client: paho.Client, *_: Any) -> None:
+        if not self._filters:
+            self._subscribed.set()
+        elif self._five:  # retained ones once; whether live ones are retained can be seen
+            options = SubscribeOptions(self._qos, retainAsPublished=True, retainHandling=1)
+            client.subscribe([(each, options) for each in self._filters])
+        else:
+            client.subscribe([(each, self._qos) for each in self._filters])
+
+    def _on_subscribe(self, *_: Any) -> None:
+        self._subscribed.set()
+
+    def _on_publish(self, _client: paho.Client, _data: Any, mid: int, reason: Any, _p: Any) -> None:
+        with self._news:
+            self._answers[mid] = reason.value
+            self._count += 1
+            self._news.notify_all()
+
+    def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:
+        properties = message.properties
+        with self._news:
+            if self._hold and message.qos:
+                self._unacked.append((message.mid, message.qos))
+            self.seen.append(
+                Seen(
+                    number=len(self.seen),
+                    at=time.monotonic(),
+                    topic=message.topic,
+                    payload=bytes(message.payload),
+                    qos=message.qos,
+                    retain=message.retain,
+                    dup=message.dup,
+                    correlation=getattr(properties, "CorrelationData", None),
+                    expiry_s=getattr(properties, "MessageExpiryInterval", None),
+                )
+            )
+            self._count += 1
+            self._news.notify_all()
+
+    def release(self, count: int | None = None) -> int:
+        """Acknowledge the oldest `count` (default: all) held messages; return how many it were."""
+        with self._news:
+            now, self._unacked = self._unacked[:count], self._unacked[len(self._unacked[:count]) :]
+        for mid, qos in now:
+            self._client.ack(mid, qos)
+        return len(now)
+
+    # Asking
+
+    def send(
+        self,
+        topic: str,
+        payload: bytes | str | Body,
+        *,
+        qos: int = 1,
+        retain: bool = False,
+        wait: bool = True,
+        **properties: Any,
+    ) -> int:
+        """Publish below the root, or anywhere with a leading `/`; return the broker's reason code.
+
+        Properties are named as in paho: `ResponseTopic`, `CorrelationData`, `UserProperty`. Waits
+        for the PUBACK (at QoS 0: until it is written) unless told not to.
+        """
+        topic = topic[1:] if topic.startswith("/") else f"{self.root}/{topic}"
+        if isinstance(payload, dict):
+            payload = json.dumps(payload)
+        given = None
+        if properties:
+            given = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+            for name, value in properties.items():
+                setattr(given, name, value)
+        info = self._client.publish(topic, payload, qos, retain, given)
+        assert info.rc == paho.MQTT_ERR_SUCCESS, f"not sent: {info.rc}"
+        if not wait:
+            return 0
+        return self.wait(lambda: self._answers.get(info.mid), f"the PUBACK for {topic}")
+
+    def ask(
+        self,
+        prompt: str | None = None,
+        *,
+        client: str | None = None,
+        id: str | None = None,  # noqa: A002 - the field's name
+        qos: int = 1,
+        wait: bool = True,
+        properties: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Name:
+        """Publish a text request, under a fresh id unless one is given; return its name."""
+        name = Name(client, id or f"j-{uuid.uuid4().hex[:12]}")
+        body = {"id": name.id, **({} if prompt is None else {"prompt": prompt}), **fields}
+        topic = "request/text" + (f"/{client}" if client else "")
+        self.expected.add(name)
+        self.send(topic, body, qos=qos, wait=wait, **(properties or {}))
+        return name
+
+    def cancel(self, name: Name, **fields: Any) -> None:
+        """Publish a cancel for this job, as its client."""
+        topic = "request/cancel" + (f"/{name.client}" if name.client else "")
+        self.send(topic, {"id": name.id, **fields})
+
+    # Waiting
+
+    def wait(
+        self, look: Callable[[], T | None], what: str = "it", timeout_s: float = PATIENCE_S
+    ) -> T:
+        """Wait until `look`, called at every news, returns neither None nor False."""
+        until = time.monotonic() + timeout_s
+        while True:
+            known, began = self._count, time.monotonic()
+            if (found := look()) is not None and found is not False:
+                return found
+            now = time.monotonic()
+            if now >= until:
+                tail = "\n".join(self._lines(self.seen[-40:]))
+                raise AssertionError(f"waited {timeout_s} s for {what}; seen:\n{tail}")
+            with self._news:
+                if self._count == known:
+                    self._news.wait(until - now)
+            if now - began > 0.01:  # a look at thousands of messages: not at each of them
+                self._rest.wait(min(now - began, 0.5))
+
+    def events(
+        self, name: Name | None = None, kind: str | None = None, *, topic: str | None = None
+    ) -> list[Seen]:
+        """Return the events seen: of a job, of a type, on a topic, as far as given."""
+        with self._news:
+            seen = list(self.seen)
+        return [
+            each
+            for each in seen
+            if each.type
+            and not self._is_request(each.topic)
+            and (name is None or each.name == name)
+            and (kind is None or each.type == kind)
+            and (topic is None or each.topic == topic)
+        ]
+
+    def event(
+        self,
+        name: Name | None,
+        kind: str,
+        *,
+        topic: str | None = None,
+        count: int = 1,
+        timeout_s: float = PATIENCE_S,
+    ) -> Seen:
+        """Wait for the `count`-th event of this type (of this job, on this topic) and return it."""
+        return self.wait(
+            lambda: (
+                found[count - 1]
+                if len(found := self.events(name, kind, topic=topic)) >= count
+                else None
+            ),
+            f"event {count} of type {kind} of {name} on {topic or 'any topic'}",
+            timeout_s,
+        )
+
+    def finals(self, name: Name) -> list[Seen]:
+        """Return the finals of a job, all of them."""
+        return [each for each in self.events(name) if each.type in {"result", "error"}]
+
+    def final(self, name: Name, timeout_s: float = PATIENCE_S) -> Body:
+        """Wait for a job's first final and return it."""
+        return self.wait(
+            lambda: found[0].body if (found := self.finals(name)) else None,
+            f"the final of {name}",
+            timeout_s,
+        )
+
+    def refusal(self, name: Name | None = None, count: int = 1) -> Seen:
+        """Wait for the `count`-th refusal (of a request with this name) and return it."""
+        return self.event(name, "refused", count=count)
+
+    def on(self, topic: str) -> list[Seen]:
+        """Return what was seen on a topic below the root."""
+        with self._news:
+            return [each for each in self.seen if each.topic == f"{self.root}/{topic}"]
+
+    def wait_on(
+        self,
+        topic: str,
+        fits: Callable[[Body], bool] = lambda _: True,
+        *,
+        after: int = -1,
+        timeout_s: float = PATIENCE_S,
+    ) -> Seen:
+        """Wait for a message below the root that fits and has a number above `after`."""
+        return self.wait(
+            lambda: next((e for e in self.on(topic) if e.number > after and fits(e.body)), None),
+            f"a message on {topic}",
+            timeout_s,
+        )
+
+    def wait_status(self, state: str, *, after: int = -1, timeout_s: float = PATIENCE_S) -> Seen:
+        """Wait for a status of this state."""
+        return self.wait_on(
+            "status", lambda body: body.get("state") == state, after=after, timeout_s=timeout_s
+        )
+
+    @property
+    def last(self) -> int:
+        """The number of the newest message; -1 before the first."""
+        with self._news:
+            return len(self.seen) - 1
+
+    # The oracle
+
+    def _is_request(self, topic: str) -> bool:
+        return topic.startswith(f"{self.root}/request/")
+
+    def requests(self) -> list[Request]:
+        """Return the requests that anybody published."""
+        found = []
+        with self._news:
+            seen = list(self.seen)
+        for each in seen:
+            if self._is_request(each.topic):
+                kind, slash, client = each.topic[len(self.root) + 9 :].partition("/")
+                found.append(Request(each, kind, client if slash else None))
+        return found
+
+    def open_jobs(self) -> set[Name]:
+        """Return the jobs that were accepted, or ran, and have no final yet."""
+        begun = {each.name for each in self.events() if each.type in {"accepted", "started"}}
+        ended = {each.name for each in self.events() if each.type in {"result", "error"}}
+        return {name for name in begun - ended if name is not None}
+
+    def unanswered(self) -> list[Request]:
+        """Return the requests that have neither become a job nor been refused.
+
+        A request whose id edged could not read is answered by a refusal without one; such requests
+        and refusals are only counted.
+        """
+        taken: set[Name] = set()
+        made = nameless = 0
+        refused: Counter[tuple[Name, str]] = Counter()
+        for each in self.events():
+            name = each.name
+            if each.type == "refused":
+                if name is None:
+                    nameless += 1
+                else:
+                    refused[name, str(each.body.get("request"))] += 1
+            elif name is not None and name not in taken:
+                taken.add(name)
+                made += name.id.startswith("e-")
+        asked: defaultdict[tuple[Name, str], dict[str, Request]] = defaultdict(dict)
+        left: list[Request] = []
+        for request in self.requests():
+            name = request.name
+            if name is None:
+                left.append(request)
+            elif request.kind == "cancel":
+                if name not in taken and not refused[name, "cancel"]:
+                    left.append(request)
+            else:
+                asked[name, request.kind].setdefault(request.seen.question, request)
+        for (name, kind), bodies in asked.items():
+            missing = len(bodies) - refused[name, kind] - (name in taken)
+            left += list(bodies.values())[: max(0, missing)]
+        spare = nameless + made
+        return left[spare:]
+
+    def settle(self, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until every request seen is answered and every job has its final."""
+        self.wait(
+            lambda: not self.open_jobs() and not self.unanswered(),
+            "every request to be answered and every job to end",
+            timeout_s,
+        )
+
+    def violations(self, *, crashed: bool = False) -> list[str]:
+        """Return what is against the contract in all that was seen; see the module.
+
+        Args:
+            crashed: edged was killed or lost its connection meanwhile: events that live in memory
+                (`accepted`, `started`, a refusal) may be missing before a final, or repeated.
+        """
+        found = [
+            f"{name} was accepted and has no final" for name in sorted(self.open_jobs(), key=str)
+        ]
+        found += [
+            f"a request on {each.seen.topic} has no answer: {each.seen.payload[:200]!r}"
+            for each in self.unanswered()
+        ]
+        asked = {request.name for request in self.requests()} | self.expected
+        without_id = sum(request.name is None for request in self.requests())
+        made: set[Name] = set()
+        jobs: defaultdict[Name, list[Seen]] = defaultdict(list)
+        for each in self.events():
+            found += [f"{_short(each)}: {wrong}" for wrong in self._wrong(each)]
+            name = each.name
+            if name is None:
+                continue
+            if name not in asked:
+                if not re.fullmatch(r"e-[0-9a-f-]{36}", name.id):
+                    found.append(f"{_short(each)}: nobody asked for this")
+                made.add(name)
+            if each.type != "refused":
+                jobs[name].append(each)
+        if len(made) > without_id:
+            found.append(f"{len(made)} ids were made for {without_id} requests without one")
+        for name, events in jobs.items():
+            found += [f"{name}: {wrong}" for wrong in _judge(events, crashed=crashed)]
+        return found
+
+    def check(self, *, crashed: bool = False, timeout_s: float = PATIENCE_S) -> None:
+        """Wait until all is answered and ended, then fail on any violation."""
+        self.settle(timeout_s)
+        wrong = self.violations(crashed=crashed)
+        assert not wrong, "\n".join(wrong)
+
+    def _wrong(self, each: Seen) -> Iterator[str]:
+        """Yield what is wrong with one event, looked at alone."""
+        yield from _fields_wrong(each)
+        if each.retain:
+            yield "an event must not be retained"
+        name = each.name
+        if each.topic == f"{self.root}/refused":
+            if each.type != "refused":
+                yield "only refusals go to `refused`"
+        elif each.topic.startswith(f"{self.root}/response/"):
+            if name is None or each.topic != f"{self.root}/response/{name}":
+                yield "it is not on its own response topic"
+        elif each.topic.startswith(f"{self.root}/"):
+            yield "events do not belong here"
+
+    # Telling
+
+    def story(self) -> str:
+        """Return what was seen, a line each."""
+        with self._news:
+            return "\n".join(self._lines(self.seen))
+
+    def _lines(self, seen: Iterable[Seen]) -> Iterator[str]:
+        start = self.seen[0].at if self.seen else 0.0
+        for each in seen:
+            flags = f"{'r' if each.retain else ''}{'d' if each.dup else ''}"
+            payload = each.payload[:160].decode(errors="replace")
+            when = f"{each.number:4} {each.at - start:7.3f}"
+            yield f"{when} q{each.qos}{flags} {each.topic} {payload}"
+
+
+# One event ----------------------------------------------------------------------------------------
+
+
+def _int(least: int = 0) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _number(value: Any) -> bool:
+    return type(value) in {int, float} and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _said(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 2000 and "Traceback" not in value
+
+
+def _bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _in(*values: str) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def is_usage(value: Any) -> bool:
+    """Return whether this is a `usage` of the contract."""
+    names = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
+    if not isinstance(value, dict) or tuple(sorted(value)) != tuple(sorted(names)):
+        return False
+    prompt, image, cached, _ = (value[name] for name in names)
+    return all(_int()(value[name]) for name in names) and image <= prompt and cached <= prompt
+
+
+def _timings(value: Any) -> bool:
+    names = {
+        "queue_ms", "decode_images_ms", "encode_ms", "prefill_ms", "ttft_ms", "generate_ms",
+        "tokens_per_second",
+    }  # fmt: skip
+    return isinstance(value, dict) and set(value) == names and all(map(_number, value.values()))
+
+
+def _answers(value: Any) -> bool:
+    names = {"text", "finish_reason", "usage"}
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(set(each) - {"json"} == names and is_usage(each["usage"]) for each in value)
+    )
+
+
+def _frames(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"used", "dropped"}
+
+
+_FINISH = _in("stop", "length", "stop_string")
+_ERROR: dict[str, Callable[[Any], bool]] = {"code": _text, "message": _said, "retryable": _bool}
+_RETRY: dict[str, Callable[[Any], bool]] = {"retry_after_s": _number}
+_Fields = dict[str, Callable[[Any], bool]]
+#: type -> QoS, fields that must be there, fields that may be.
+_SHAPES: dict[str, tuple[int, _Fields, _Fields]] = {
+    "accepted": (1, {"position": _int(), "durable": _bool}, {"eta_s": _number}),
+    "started": (1, {"attempt": _int(1), "queue_ms": _number}, {}),
+    "progress": (
+        0,
+        {
+            "attempt": _int(1), "stage": _in("decode_images", "encode", "prefill"),
+            "done": _int(), "total": _int(),
+        },
+        {"question": _int()},
+    ),
+    "chunk": (0, {"attempt": _int(1), "seq": _int(), "delta": _text}, {"question": _int()}),
+    "result": (
+        1,
+        {
+            "usage": is_usage, "timings": _timings, "attempt": _int(1), "model": _text,
+            "sha256": lambda value: re.fullmatch("[0-9a-f]{64}", value) is not None,
+        },
+        {
+            "text": _text, "finish_reason": _FINISH, "json": lambda _: True, "answers": _answers,
+            "frames": _frames,
+        },
+    ),
+    "error": (1, _ERROR, _RETRY),
+    "refused": (
+        1,
+        {**_ERROR, "request": _in("text", "vision", "cancel")},
+        {"id": _text, **_RETRY},
+    ),
+}  # fmt: skip
+
+
+def _fields_wrong(each: Seen) -> Iterator[str]:
+    body = each.body
+    if each.type not in _SHAPES:
+        yield f"there is no type {each.type!r}"
+        return
+    qos, must, may = _SHAPES[each.type]
+    if each.qos != qos:
+        yield f"QoS {each.qos}, it must be {qos}"
+    must = {"v": lambda v: v == 1 and type(v) is int, "type": _text, **must}
+    if each.type != "refused":
+        must["id"] = _text
+    may = {"client": _text, **may}
+    yield from (f"{name} is missing" for name in must if name not in body)
+    for name, value in body.items():
+        fits = must.get(name) or may.get(name)
+        if fits is None:
+            yield f"unknown field {name}"
+        elif not fits(value):
+            yield f"{name} is {value!r}"
+    code = body.get("code")
+    if each.type == "error" and code not in FINAL_CODES:
+        yield f"no final has the code {code}"
+    if each.type == "refused" and code not in REFUSALS:
+        yield f"no refusal has the code {code}"
+    if each.type == "result":
+        yield from _result_wrong(body)
+
+
+def _result_wrong(body: Body) -> Iterator[str]:
+    if ("answers" in body) == ("text" in body):
+        yield "either `text` or `answers`"
+        return
+    if ("text" in body) != ("finish_reason" in body):
+        yield "`finish_reason` belongs to `text`"
+    text = "\n".join(a["text"] for a in body["answers"]) if "answers" in body else body["text"]
+    if hashlib.sha256(text.encode()).hexdigest() != body.get("sha256"):
+        yield "sha256 is wrong"
+
+
+# One job ------------------------------------------------------------------------------------------
+
+
+def _judge(events: list[Seen], *, crashed: bool) -> Iterator[str]:
+    """Yield what is wrong with a job's events, on all its topics."""
+    finals = [each for each in events if each.type in {"result", "error"}]
+    if len({each.payload for each in finals}) > 1:
+        yield f"{len(finals)} finals differ: " + " | ".join(map(_short, finals))
+    for topic in {each.topic for each in events}:
+        mine = [each for each in events if each.topic == topic]
+        yield from (f"on {topic}: {wrong}" for wrong in _order(mine, crashed=crashed))
+    if finals and finals[0].type == "result":
+        yield from _chunks_wrong(events, finals[0].body, crashed=crashed)
+
+
+def _order(events: list[Seen], *, crashed: bool) -> Iterator[str]:
+    """Yield what is wrong with the order on one topic; repetitions of an event do not count."""
+    first: dict[bytes, Seen] = {}
+    for each in events:
+        first.setdefault(each.payload, each)
+    sure = [each for each in first.values() if each.qos]
+    types = [each.type for each in sure]
+    ends = [i for i, kind in enumerate(types) if kind in {"result", "error"}]
+    if ends and ends[0] != len(types) - 1:
+        yield f"after the final came {types[ends[0] + 1 :]}"
+    if not crashed and types and types[0] != "accepted" and types[0] not in {"result", "error"}:
+        yield f"it begins with {types[0]}, not with accepted"
+    attempts = [each.body.get("attempt", 0) for each in sure if each.type == "started"]
+    if any(b <= a for a, b in itertools.pairwise(attempts)):
+        yield f"attempts started in the order {attempts}"
+    chunks = [each for each in events if each.type == "chunk"]
+    places = [(each.body.get("attempt", 0), each.body.get("seq", 0)) for each in chunks]
+    if any(b <= a for a, b in itertools.pairwise(places)):
+        yield f"chunks came in the order {places}"
+    result = next((each for each in sure if each.type == "result"), None)
+    if result is not None and attempts and not crashed and result.body["attempt"] != attempts[-1]:
+        yield f"the result is of attempt {result.body['attempt']}, started was {attempts[-1]}"
+
+
+def _chunks_wrong(events: list[Seen], final: Body, *, crashed: bool) -> Iterator[str]:
+    for topic in {each.topic for each in events}:
+        parts = {
+            each.body["seq"]: each.body
+            for each in events
+            if each.type == "chunk"
+            and each.topic == topic
+            and each.body.get("attempt") == final["attempt"]
+        }
+        if not parts or set(parts) != set(range(len(parts))):
+            continue  # one is missing, or this topic joined later
+        said = "".join(parts[seq]["delta"] for seq in sorted(parts))
+        text = final.get("text")
+        if text is None:  # of several questions, each has its chunks
+            for number, answer in enumerate(final["answers"]):
+                mine = [parts[seq] for seq in sorted(parts) if parts[seq].get("question") == number]
+                if "".join(each["delta"] for each in mine) != answer["text"]:
+                    yield f"the chunks of question {number} on {topic} are not its text"
+        elif said != text and not (crashed and text.startswith(said)):  # the last may be missing
+            yield f"the chunks on {topic} are {said[:80]!r}…, the text {text[:80]!r}…"
+
+
+def _short(each: Seen) -> str:
+    return f"#{each.number} {each.topic} {each.payload[:200]!r}"
