@@ -1,0 +1,302 @@
+"""The command line: reads the arguments, calls what does the work, turns errors into exit codes.
+
+Each command imports what it needs when it runs: `edged --help` answers at once, also on a Pi.
+"""
+
+# ruff: noqa: PLC0415 - see above: a command imports what it needs when it runs
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edged import __version__
+from edged.errors import ConfigError, EdgedError
+
+if TYPE_CHECKING:
+    from edged.settings import Settings
+
+EXIT_USAGE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    _tolerate_narrow_encodings()
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            _complain(mistake)
+        return error.exit_status
+    except EdgedError as error:
+        _complain(error.message)
+        if error.hint:
+            _complain(error.hint)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _forget_output()
+        return 128 + signal.SIGPIPE
+    if status == 128 + signal.SIGPIPE:
+        _forget_output()
+    return status
+
+
+def _complain(text: str) -> None:
+    print(f"edged: {text}", file=sys.stderr)
+
+
+def _tolerate_narrow_encodings() -> None:
+    """Let a terminal that has no UTF-8 show something else instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _forget_output() -> None:
+    """Keep the interpreter from complaining, at its end, that nobody reads standard output."""
+    with suppress(OSError, ValueError):  # it is no file: nobody complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edged",
+        description="An agent that answers questions over MQTT with a small Phi model.",
+        epilog="Exit codes: 0 done; 1 failed or found wrong; 2 wrong usage; 69 broker not "
+        "reachable; 78 the configuration is wrong.",
+    )
+    parser.add_argument("--version", action="version", version=f"edged {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="the daemon: serve until told to stop")
+    _add_settings(run)
+    run.set_defaults(run=_run)
+
+    check = commands.add_parser("check", help="say all that is wrong here, and what to do about it")
+    _add_settings(check)
+    _add_json(check, "print the findings as JSON")
+    check.set_defaults(run=_check)
+
+    ask = commands.add_parser("ask", help="ask a question and print the answer as it comes")
+    _add_settings(ask)
+    _add_question(ask)
+    _add_json(ask, "print every event as a line of JSON")
+    ask.set_defaults(run=_ask)
+
+    top = commands.add_parser("top", help="show how the device is")
+    _add_settings(top)
+    top.add_argument(
+        "--once", action="store_true", help="one heartbeat, then exit: 0 if it says ready, else 1"
+    )
+    _add_json(top, "print heartbeats as lines of JSON")
+    top.set_defaults(run=_top)
+
+    schema = commands.add_parser("schema", help="print what can be set")
+    schema.add_argument("what", choices=["config"], help="config: the settings")
+    schema.add_argument(
+        "--format",
+        choices=["json", "toml", "markdown"],
+        default="json",
+        help="a JSON Schema, a commented settings file, or tables (default: %(default)s)",
+    )
+    schema.set_defaults(run=_schema)
+
+    demo = commands.add_parser(
+        "demo", help="the whole thing on this machine: a broker, a small model, checked answers"
+    )
+    demo.add_argument(
+        "--broker",
+        choices=["auto", "mosquitto", "amqtt"],
+        default="auto",
+        help="which broker to start (default: mosquitto if it is installed, else amqtt)",
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="F", help="the settings file (TOML)")
+    parser.add_argument(
+        "--set",
+        type=_assignment,
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="NAME=VALUE",
+        help="one setting, such as mqtt.host=broker.lan; may be repeated",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--json", action="store_true", dest="as_json", help=text)
+
+
+def _add_question(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", type=_text, metavar="TEXT", help="the question; -: standard input")
+    parser.add_argument("--system", metavar="S", help="instructions that come before the question")
+    parser.add_argument(
+        "--max-tokens", type=_tokens, metavar="N", help="the longest answer, in tokens"
+    )
+    parser.add_argument(
+        "--schema", type=_schema_file, metavar="FILE", help="a JSON schema the answer must satisfy"
+    )
+    parser.add_argument(
+        "--deadline", type=_seconds, metavar="S", help="seconds after which the job is given up"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds_or_ever,
+        default=600.0,
+        metavar="S",
+        help="seconds to wait for the result before cancelling (default: 600; 0: for ever)",
+    )
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name.strip(), value
+
+
+def _text(text: str) -> str:
+    if text == "-":
+        text = sys.stdin.read()
+    if not text.strip():
+        raise argparse.ArgumentTypeError("there is no question in it")
+    return text
+
+
+def _tokens(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _seconds_or_ever(text: str) -> float:
+    return math.inf if text.strip() == "0" else _seconds(text)
+
+
+def _schema_file(text: str) -> dict[str, Any] | bool:
+    try:
+        schema = json.loads(Path(text).read_bytes())
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no JSON: {error}") from None
+    if not isinstance(schema, dict | bool):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON schema: it must be an object")
+    return schema
+
+
+# Commands ---------------------------------------------------------------------------------------
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    from edged import settings
+
+    return settings.load(arguments.config, dict(arguments.overrides))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edged import app, log
+
+    settings = _settings(arguments)
+    log.configure(settings.log)
+    return app.main(settings)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from edged import check, findings
+    from edged.terminal import Screen, width
+
+    _be_silent()
+    settings: Settings | ConfigError
+    try:
+        settings = _settings(arguments)
+    except ConfigError as error:
+        settings = error
+    screen, found = Screen(), []
+    screen.status("looking …")
+    for finding in check.run_checks(settings):
+        found.append(finding)
+        screen.status(f"{finding.area}: {finding.name} …")
+    if arguments.as_json:
+        screen.line(findings.render_json(found))
+    else:
+        screen.line(findings.render_text(found, width=width(), colour=screen.colours))
+    return findings.exit_status(found)
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from edged import ask
+
+    _be_silent()
+    question = ask.Question(
+        text=arguments.text,
+        system=arguments.system,
+        max_tokens=arguments.max_tokens,
+        schema=arguments.schema,
+        deadline_s=arguments.deadline,
+        timeout_s=arguments.timeout,
+    )
+    return ask.main(_settings(arguments), question, as_json=arguments.as_json)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from edged import top
+
+    _be_silent()
+    return top.main(_settings(arguments), once=arguments.once, as_json=arguments.as_json)
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from edged import schema
+
+    if arguments.format == "json":
+        print(json.dumps(schema.config_schema(), indent=2, ensure_ascii=False))
+    else:
+        text = schema.config_toml() if arguments.format == "toml" else schema.config_markdown()
+        print(text, end="")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from edged import demo
+
+    _be_silent()
+    return demo.main(arguments.broker)
+
+
+def _be_silent() -> None:
+    """Keep what the connection logs for the daemon's sake away from a program for people."""
+    import logging
+
+    import structlog
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
