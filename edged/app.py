@@ -26,8 +26,7 @@ from edged.intake import Intake, Rules
 from edged.jobs import MAX_DEATHS
 from edged.journal import Journal
 from edged.metrics import Speed, Totals
-from edged.mqtt import MqttBus
-from edged.mqttlink import Connection
+from edged.mqtt import Connection, MqttBus
 from edged.outbox import Outbox
 from edged.ports import Bus, Clock, Engine, Incoming, Outgoing, Session, Trace, no_trace
 from edged.scheduler import Scheduler
@@ -43,6 +42,8 @@ RECEIVE_MAXIMUM = 8
 #: While the model loads, systemd is asked for this much more time, this often, seconds.
 EXTEND_S, EXTEND_EVERY_S = 60.0, 10.0
 JOURNAL_RETRY_S = 5.0
+#: What the final of an open job may need in the journal: its frame, and its text and `json`.
+FINAL_BYTES, FINAL_BYTES_A_TOKEN = 16_384, 32
 FAREWELL_S = 3.0
 
 log = structlog.get_logger()
@@ -80,6 +81,7 @@ class App:
             quota_bytes=int(limits.journal_mb * MB),
             results=limits.results,
             results_s=limits.results_s,
+            max_final_bytes=FINAL_BYTES + FINAL_BYTES_A_TOKEN * limits.max_tokens,
             trace=trace,
         )
         self.scheduler = Scheduler(limits.queue, self.speed)

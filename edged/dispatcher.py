@@ -104,7 +104,10 @@ class Dispatcher:
         """Work on jobs until `drain`."""
         while True:
             await self._scheduler.wait()
-            await self._engine.wait_ready()
+            try:
+                await self._engine.wait_ready()
+            except JobStopped:
+                return  # the engine is closed, which only a stop does: what waits is for later
             if self._stopping:
                 return
             job = self._scheduler.take()
@@ -179,6 +182,7 @@ class Dispatcher:
                     current.stage = update.stage
                     if (
                         request.stream
+                        and not current.is_over()
                         and update.stage in {"decode_images", "encode", "prefill"}
                         and current.moved - told >= PROGRESS_S
                     ):
@@ -248,7 +252,9 @@ class Dispatcher:
             Code.EXPIRED: Outcome.EXPIRED, Code.CANCELLED: Outcome.CANCELLED, Code.DEAD: Outcome.DEAD,
         }.get(code, Outcome.FAILED)  # fmt: skip
         final = protocol.error_event(job.key, code, message, retry_after_s)
-        await self._end(job, final, outcome, code=str(code), reason=message)
+        # What a model wrote, or a schema says, may stand in these two codes' messages.
+        private = code in {Code.BAD_OUTPUT, Code.INVALID}
+        await self._end(job, final, outcome, code=str(code), reason=None if private else message)
 
     async def end_dead(self, job: Job, detail: str) -> None:
         """Give a job up that has ended the engine, or the daemon, too often."""
@@ -355,6 +361,8 @@ class Dispatcher:
             )
 
     def _say_chunk(self, current: Current, seq: int, delta: str) -> None:
+        if current.is_over():
+            return  # no chunk is sent after the final
         job = self._running(current.job)
         self._offer(job, "chunk", attempt=job.starts, seq=seq, delta=delta)
 

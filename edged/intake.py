@@ -18,8 +18,8 @@ from typing import Any
 import structlog
 
 from edged import protocol
-from edged.errors import Code, JournalFull, JournalUnavailable, Refused
-from edged.jobs import Draft, Job, Key, Kind, Reply
+from edged.errors import Code, JobGone, JournalFull, JournalUnavailable, Refused
+from edged.jobs import Draft, Job, Key, Kind, Reply, joined
 from edged.journal import Accepted, Journal, Known
 from edged.metrics import Totals
 from edged.outbox import Outbox
@@ -237,6 +237,10 @@ class Intake:
             arrived=self._clock.stamp(),
             deadline_s=min(limits, default=None),
         )
+        self._admit(slot, sender, draft)
+
+    def _admit(self, slot: _Slot, sender: _Sender, draft: Draft) -> None:
+        key = draft.key
         try:
             self._scheduler.reserve(key.client)
         except Refused as full:
@@ -299,6 +303,9 @@ class Intake:
         """Answer a request that came before: `accepted` again, or its stored final."""
         try:
             rows = await self._journal.add_reply(known.seq, draft.reply)
+        except JobGone:  # it has just been forgotten: this is a new job
+            self._admit(slot, sender, draft)
+            return
         except JournalUnavailable as error:
             self._refuse(slot, sender, _no_disk(error))
             return
@@ -306,8 +313,7 @@ class Intake:
         if rows:
             self._outbox.post_rows(rows)
         elif job is not None:
-            others = tuple(r for r in job.replies if r.topic != draft.reply.topic)
-            job = job.evolve(replies=(*others, draft.reply))
+            job = job.evolve(replies=joined(job.replies, draft.reply))
             self._scheduler.update(job)
             self._tell_accepted(job, only=draft.reply)
         self._settle(slot)

@@ -67,6 +67,16 @@ class Reply:
     correlation: bytes | None = None
 
 
+#: Topics that one job's events go to, at most: each repetition of a request may name another.
+MAX_REPLIES = 8
+
+
+def joined(replies: tuple[Reply, ...], reply: Reply) -> tuple[Reply, ...]:
+    """Return the replies with another one; of a topic, and of too many, the newest are kept."""
+    others = tuple(each for each in replies if each.topic != reply.topic)
+    return (*others, reply)[-MAX_REPLIES:]
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """A job's name: ids are unique within a client; `client` is None for anonymous requests."""

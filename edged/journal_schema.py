@@ -261,7 +261,10 @@ def _connect(
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
         if mode != "wal":
-            raise Damaged(f"journal mode is {mode}, not wal")
+            raise JournalUnavailable(
+                f"journal {path}: its file system allows only mode {mode}, not wal",
+                hint="put state.dir on a local file system",
+            )
         # FULL syncs the WAL at each commit; builds differ in their default.
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA secure_delete = ON").fetchone()

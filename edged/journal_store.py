@@ -7,7 +7,6 @@ share one sync of the disk. A method that raises an EdgedError has changed nothi
 from __future__ import annotations
 
 import json
-import sqlite3
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from edged.errors import JobGone, JournalFull
-from edged.jobs import Draft, Job, Key, Kind, Outcome, Reply, Stamp, State
-from edged.journal_schema import PAGE_BYTES, Damaged, open_database
+from edged.jobs import Draft, Job, Key, Outcome, Reply, State, joined
+from edged.journal_rows import (
+    COLUMNS,
+    ROWS,
+    checked,
+    job_of,
+    read_replies,
+    row_range,
+    verify,
+    write_replies,
+)
+from edged.journal_schema import PAGE_BYTES, open_database
 from edged.ports import Clock
 
-#: An outbox row id is seq * ROWS + n; see the schema.
-_ROWS = 1 << 24
-#: What makes a Job, with its content; see `_job`.
-_COLUMNS = (
-    "seq, client, id, kind, digest, replies, priority, boot_id, boottime, wall, synced, ran,"
-    " deadline_s, starts, deaths"
-)
 #: Pages that one more job may touch besides those of its content: index and table splits.
 _OVERHEAD_PAGES = 4
 #: How many ended jobs are forgotten in one transaction, so that none becomes long.
@@ -132,7 +134,7 @@ class Store:
             path,
             quota_bytes=limits.quota_bytes,
             first_seq=first_seq,
-            verify=_verify,
+            verify=verify,
             on_reset=on_reset,
         )
         self._changes = 0
@@ -211,9 +213,9 @@ class Store:
             " WHERE state = 'running'"
         )
         jobs = tuple(
-            _job(row)
+            job_of(row)
             for row in self._db.execute(
-                f"SELECT {_COLUMNS}, bytes, crc FROM job JOIN content USING (seq)"  # noqa: S608
+                f"SELECT {COLUMNS}, bytes, crc FROM job JOIN content USING (seq)"  # noqa: S608
                 " WHERE state = 'queued' ORDER BY seq"
             )
         )
@@ -231,7 +233,7 @@ class Store:
         seq, digest, state, replies = found
         ended = state == State.ENDED
         final = self._final(seq) if ended else None
-        return Known(seq, digest, ended, final, _read_replies(replies))
+        return Known(seq, digest, ended, final, read_replies(replies))
 
     def accept(self, draft: Draft, request: bytes) -> Accepted | Known:
         """Store a job, `request` being its request as JSON, or return what is kept by its name.
@@ -263,7 +265,7 @@ class Store:
                 arrived.wall,
                 arrived.synced,
                 arrived.ran,
-                _write_replies((draft.reply,)),
+                write_replies((draft.reply,)),
             ),
         )
         self._db.execute(
@@ -292,8 +294,7 @@ class Store:
         A final that still waits for this very topic is queued once, with the new correlation.
         """
         state, replies, sends = self._look_up(seq, "state, replies, sends")
-        kept = [known for known in _read_replies(replies) if known.topic != reply.topic]
-        text = _write_replies((*kept, reply))
+        text = write_replies(joined(read_replies(replies), reply))
         if state != State.ENDED:
             if text != replies:
                 self._db.execute("UPDATE job SET replies = ? WHERE seq = ?", (text, seq))
@@ -347,7 +348,7 @@ class Store:
             "SELECT length(bytes) FROM content WHERE seq = ?", (seq,)
         ).fetchone()
         self._store_final(seq, final)
-        rows = self._queue(seq, sends, _read_replies(replies))
+        rows = self._queue(seq, sends, read_replies(replies))
         self._db.execute(
             "UPDATE job SET state = 'ended', outcome = ?, ended_ran = ?, sends = ? WHERE seq = ?",
             (str(outcome), self._clock.stamp().ran, sends + len(rows), seq),
@@ -369,11 +370,11 @@ class Store:
             raise JobGone(f"job {seq} has not ended: there is no final to replace")
         if replaced:
             return ()
-        known = _read_replies(replies)
+        known = read_replies(replies)
         waiting = {
             topic
             for (topic,) in self._db.execute(
-                "SELECT topic FROM outbox WHERE row BETWEEN ? AND ?", _row_range(seq)
+                "SELECT topic FROM outbox WHERE row BETWEEN ? AND ?", row_range(seq)
             )
         }
         self._store_final(seq, final)
@@ -392,7 +393,7 @@ class Store:
         found = self._db.execute(
             "SELECT o.topic, o.correlation, j.seq, j.client, j.id, j.replaced"
             " FROM outbox o JOIN job j ON j.seq = o.row / ? WHERE o.row = ?",
-            (_ROWS, row),
+            (ROWS, row),
         ).fetchone()
         if found is None:
             return None
@@ -412,17 +413,17 @@ class Store:
         cursor = self._db.execute("DELETE FROM outbox WHERE row = ?", (row,))
         if cursor.rowcount:
             self.counts.outbox -= 1
-            self.counts.waiting -= 1 - self._waits(row // _ROWS)
+            self.counts.waiting -= 1 - self._waits(row // ROWS)
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a small fact, or None."""
+        """Return a small fact; None if it is not there or cannot be read."""
         found = self._db.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
         if found is None:
             return None
         try:
             value = json.loads(found[0])
-        except ValueError as error:
-            raise Damaged(f"fact {name} cannot be read") from error
+        except ValueError:
+            return None
         return value if isinstance(value, dict) else None
 
     def put(self, name: str, value: str) -> None:
@@ -448,7 +449,7 @@ class Store:
             " (SELECT MAX(seq) FROM job),"
             " (SELECT coalesce(SUM(1 + length(bytes) / ?), 0) FROM content JOIN job USING (seq)"
             "  WHERE ended_ran IS NULL) FROM meta",
-            (_ROWS, _PAGE_PAYLOAD),
+            (ROWS, _PAGE_PAYLOAD),
         ).fetchone()
         ran, next_seq, open_jobs, ended, outbox, waiting, last_seq, open_pages = row
         next_seq = max(next_seq, (last_seq or 0) + 1)
@@ -466,7 +467,7 @@ class Store:
 
     def _final(self, seq: int) -> bytes:
         found = self._db.execute("SELECT bytes, crc FROM content WHERE seq = ?", (seq,)).fetchone()
-        return _checked(seq, *(found or (None, None)))
+        return checked(seq, *(found or (None, None)))
 
     def _store_final(self, seq: int, final: bytes) -> None:
         self.erased = True
@@ -475,7 +476,7 @@ class Store:
         )
 
     def _queue(self, seq: int, sends: int, replies: tuple[Reply, ...]) -> tuple[int, ...]:
-        rows = tuple(seq * _ROWS + sends + n for n in range(len(replies)))
+        rows = tuple(seq * ROWS + sends + n for n in range(len(replies)))
         self._db.executemany(
             "INSERT INTO outbox VALUES (?, ?, ?)",
             [(row, r.topic, r.correlation) for row, r in zip(rows, replies, strict=True)],
@@ -487,14 +488,14 @@ class Store:
         """Return whether a job has rows in the outbox."""
         return bool(
             self._db.execute(
-                "SELECT EXISTS (SELECT 1 FROM outbox WHERE row BETWEEN ? AND ?)", _row_range(seq)
+                "SELECT EXISTS (SELECT 1 FROM outbox WHERE row BETWEEN ? AND ?)", row_range(seq)
             ).fetchone()[0]
         )
 
     def _unqueue(self, seq: int, topic: str | None) -> None:
         cursor = self._db.execute(
             "DELETE FROM outbox WHERE row BETWEEN ? AND ? AND topic = coalesce(?, topic)",
-            (*_row_range(seq), topic),
+            (*row_range(seq), topic),
         )
         self.counts.outbox -= cursor.rowcount
 
@@ -542,7 +543,7 @@ class Store:
         found = self._db.execute(
             f"SELECT j.seq FROM job j WHERE {condition}"  # noqa: S608 - conditions of this file
             " AND NOT EXISTS (SELECT 1 FROM outbox o"
-            f"  WHERE o.row BETWEEN j.seq * {_ROWS} AND j.seq * {_ROWS} + {_ROWS - 1})"
+            f"  WHERE o.row BETWEEN j.seq * {ROWS} AND j.seq * {ROWS} + {ROWS - 1})"
             " ORDER BY j.ended_ran, j.seq LIMIT ?",
             (*parameters, limit),
         ).fetchall()
@@ -553,77 +554,6 @@ class Store:
         return len(found)
 
 
-def _verify(db: sqlite3.Connection) -> None:
-    """Raise Damaged unless every job has its content, unchanged, and every outbox row its job.
-
-    Names every column: one whose name has been damaged is an error of SQLite here, and not later.
-    """
-    db.execute(f"SELECT {_COLUMNS}, ended_ran, outcome, replaced, sends, last_death FROM job")  # noqa: S608 - names from this file
-    db.execute("SELECT row, topic, correlation FROM outbox")
-    db.execute("SELECT name, value FROM fact")
-    db.execute("SELECT one, ran, next_seq FROM meta")
-    for seq, kind, replies, content, crc in db.execute(
-        "SELECT j.seq, kind, replies, bytes, crc FROM job j LEFT JOIN content c ON c.seq = j.seq"
-    ):
-        if kind not in set(Kind):
-            raise Damaged(f"job {seq} is of no known kind")
-        _checked(seq, content, crc)
-        _read_replies(replies)
-    (stray,) = db.execute(
-        "SELECT (SELECT 1 - COUNT(*) FROM meta)"
-        " + (SELECT COUNT(*) FROM outbox WHERE row / ?"
-        " NOT IN (SELECT seq FROM job WHERE ended_ran IS NOT NULL))"
-        " + (SELECT COUNT(*) FROM content WHERE seq NOT IN (SELECT seq FROM job))",
-        (_ROWS,),
-    ).fetchone()
-    if stray:
-        raise Damaged(f"{stray} rows are missing or belong to no job")
-
-
 def _pages(size: int) -> int:
     # One page is for the row itself.
     return 1 + size // _PAGE_PAYLOAD
-
-
-def _row_range(seq: int) -> tuple[int, int]:
-    return seq * _ROWS, seq * _ROWS + _ROWS - 1
-
-
-def _write_replies(replies: tuple[Reply, ...]) -> str:
-    return json.dumps(
-        [[r.topic, None if r.correlation is None else r.correlation.hex()] for r in replies]
-    )
-
-
-def _read_replies(text: str) -> tuple[Reply, ...]:
-    try:
-        return tuple(
-            Reply(topic, None if correlation is None else bytes.fromhex(correlation))
-            for topic, correlation in json.loads(text)
-        )
-    except (ValueError, TypeError) as error:
-        raise Damaged("reply topics cannot be read") from error
-
-
-def _checked(seq: int, content: bytes | None, crc: int | None) -> bytes:
-    if content is None or zlib.crc32(content) != crc:
-        raise Damaged(f"the content of job {seq} is not what was written")
-    return content
-
-
-def _job(row: tuple[Any, ...]) -> Job:
-    seq, client, job_id, kind, digest, replies, priority = row[:7]
-    boot_id, boottime, wall, synced, ran, deadline_s, starts, deaths, content, crc = row[7:]
-    return Job(
-        seq=seq,
-        key=Key(client or None, job_id),
-        kind=Kind(kind),
-        request=json.loads(_checked(seq, content, crc)),
-        digest=digest,
-        replies=_read_replies(replies),
-        priority=priority,
-        arrived=Stamp(boot_id=boot_id, boottime=boottime, wall=wall, synced=bool(synced), ran=ran),
-        deadline_s=deadline_s,
-        starts=starts,
-        deaths=deaths,
-    )

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import structlog
+
 from edged.errors import EdgedError, JournalFull, JournalUnavailable
 from edged.journal_schema import PAGE_BYTES, Damaged, translate
 from edged.journal_store import Limits, Opened, Store
@@ -29,6 +31,8 @@ WAL_BYTES = 256 * PAGE_BYTES
 #: The most operations, and bytes of content, in one transaction.
 BATCH_OPERATIONS = 256
 BATCH_BYTES = 8 * 1024 * 1024
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -398,6 +402,7 @@ class JournalThread:
 
     def _note_reset(self, reason: str) -> None:
         self._reset = reason
+        log.error("journal.reset", reason=reason)
 
     def _give_up(self, problem: Exception, batch: list[Operation[Any]]) -> None:
         """Fail what has not happened, and let the next operation open the journal anew."""

@@ -35,7 +35,8 @@ MAX_VALUES = 10_000
 _COUNT_VALUES_ABOVE = 64 * 1024
 #: Mistakes of one body that are put into words, to find five that differ.
 _EXPLAINED = 20
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+#: The closing quote may be missing: a pattern that can fail would be tried anew at each quote.
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 MAX_DEADLINE_S = 30 * 86400
 MAX_STOP_CHARS = 256
@@ -84,9 +85,11 @@ def _invalid(message: str) -> NoReturn:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     body = dict(pairs)
     if len(body) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        _invalid(f"the key {shown(twice)} stands twice in one object")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                _invalid(f"the key {shown(key)} stands twice in one object")
+            seen.add(key)
     return body
 
 
@@ -95,7 +98,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 19:  # noqa: PLR2004 - what fits 64 bits has at most 19 digits
+    if len(digits) > 19:
         _invalid("an integer is too large for 64 bits")
     return int(digits)
 
@@ -145,7 +148,7 @@ def _check_text(text: str) -> None:
 
 def shown(name: str) -> str:
     """Return a name from a request as it may stand in a message: short, printable, quoted."""
-    return ascii(name if len(name) <= 40 else f"{name[:40]}…")  # noqa: PLR2004
+    return ascii(name if len(name) <= 40 else f"{name[:40]}…")
 
 
 # Requests ---------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -368,6 +370,10 @@ async def test_facts_are_kept(home: Path) -> None:
         await it.put("speed", {"b": [1.5, "ä"]})
     async with opened(home) as (it, _):
         assert await it.get("speed") == {"b": [1.5, "ä"]}
+    with contextlib.closing(sqlite3.connect(home / "journal.db", isolation_level=None)) as db:
+        db.execute("UPDATE fact SET value = '{'")
+    async with opened(home) as (it, _):
+        assert await it.get("speed") is None
 
 
 # Privacy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sqlite3
 import struct
 from collections.abc import Iterator
@@ -313,14 +315,30 @@ def test_an_unforeseen_error_closes_the_database(home: Path) -> None:
         pass
 
 
-def test_a_journal_in_another_mode_is_set_aside(home: Path) -> None:
-    """A file system without what WAL needs: said, not silently unsafe."""
+def test_a_journal_left_in_another_mode_is_put_back(home: Path) -> None:
     with open_file(home / NAME):
         pass
     with contextlib.closing(sqlite3.connect(home / NAME)) as db:
         db.execute("PRAGMA journal_mode = DELETE")
     with open_file(home / NAME) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EACCES, JournalUnavailable), (errno.ENOSPC, JournalFull)]
+)
+def test_a_damaged_journal_that_cannot_be_set_aside(
+    home: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[JournalUnavailable]
+) -> None:
+    def rename(_old: Path, _new: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    (home / NAME).write_bytes(b"garbage")
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(JournalUnavailable, match=os.strerror(number)) as caught:
+        open_file(home / NAME)
+    assert type(caught.value) is kind
+    assert (home / NAME).read_bytes() == b"garbage"
 
 
 # Errors

@@ -11,7 +11,7 @@ import pytest
 from edged.errors import Code
 from edged.jobs import Draft, Key, Kind, Outcome, Reply
 from edged.journal import Accepted, Journal
-from edged.mqttlink import Connection
+from edged.mqtt import Connection
 from edged.outbox import WINDOW, Outbox
 from edged.ports import Incoming, Outgoing, Session
 from edged.protocol import encode
