@@ -257,7 +257,8 @@ class _Ask:
         ttft, speed = timings.get("ttft_ms"), timings.get("tokens_per_second")
         parts = [str(event.get("model", "")), f"{tokens} tokens"]
         if isinstance(ttft, int | float):
-            parts.append(f"the first after {ttft / 1e3:.2f} s")
+            after = f"{ttft:.0f} ms" if ttft < 1000 else f"{ttft / 1e3:.1f} s"
+            parts.append(f"the first after {after}")
         if isinstance(speed, int | float):
             parts.append(f"{speed:.1f} a second")
         if event.get("finish_reason") == "length":

@@ -428,14 +428,7 @@ def check_model(settings: Settings, root: Path = Path("/")) -> Iterator[Finding]
 def _check_memory(settings: Settings, model: folder.ModelFolder, root: Path) -> Finding:
     try:
         plan = memory.plan(
-            memory.Need(
-                weights_bytes=model.weights_bytes,
-                encoder_bytes=model.encoder_bytes,
-                kv_bytes=model.kv_bytes,
-                # One row of float32 for each position, if frames are looked at.
-                feature_bytes=4 * model.hidden_size if model.encoder_bytes else 0,
-                context_length=model.context_length,
-            ),
+            memory.need_of(model),
             available_mb=box.memory_mb(proc=root / "proc", sys=root / "sys"),
             limit_mb=settings.limits.memory_mb,
             context=settings.model.max_context,

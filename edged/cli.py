@@ -217,10 +217,10 @@ def _schema_file(text: str) -> dict[str, Any] | bool:
 # Commands ---------------------------------------------------------------------------------------
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace, *, as_client: bool = False) -> Settings:
     from edged import settings
 
-    return settings.load(arguments.config, dict(arguments.overrides))
+    return settings.load(arguments.config, dict(arguments.overrides), as_client=as_client)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -265,14 +265,16 @@ def _ask(arguments: argparse.Namespace) -> int:
         deadline_s=arguments.deadline,
         timeout_s=arguments.timeout,
     )
-    return ask.main(_settings(arguments), question, as_json=arguments.as_json)
+    return ask.main(_settings(arguments, as_client=True), question, as_json=arguments.as_json)
 
 
 def _top(arguments: argparse.Namespace) -> int:
     from edged import top
 
     _be_silent()
-    return top.main(_settings(arguments), once=arguments.once, as_json=arguments.as_json)
+    return top.main(
+        _settings(arguments, as_client=True), once=arguments.once, as_json=arguments.as_json
+    )
 
 
 def _schema(arguments: argparse.Namespace) -> int:

@@ -249,8 +249,10 @@ class Dispatcher:
     ) -> None:
         """End a job with an `error` final, whether it waits or runs."""
         outcome = {
-            Code.EXPIRED: Outcome.EXPIRED, Code.CANCELLED: Outcome.CANCELLED, Code.DEAD: Outcome.DEAD,
-        }.get(code, Outcome.FAILED)  # fmt: skip
+            Code.EXPIRED: Outcome.EXPIRED,
+            Code.CANCELLED: Outcome.CANCELLED,
+            Code.DEAD: Outcome.DEAD,
+        }.get(code, Outcome.FAILED)
         final = protocol.error_event(job.key, code, message, retry_after_s)
         # What a model wrote, or a schema says, may stand in these two codes' messages.
         private = code in {Code.BAD_OUTPUT, Code.INVALID}
@@ -329,7 +331,7 @@ class Dispatcher:
             await asyncio.sleep(0.25 if left is None else min(0.25, max(0.01, left)))
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more jobs; give the running one this long, then put it back for the next start."""
+        """Take no more jobs; the running one has this long, then it is for the next start."""
         self._stopping = True
         try:
             async with asyncio.timeout(timeout_s):

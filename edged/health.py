@@ -48,6 +48,9 @@ class Condition(StrEnum):
     OFFLINE = "offline"
 
 
+_LIVE = [state for state in Condition if state is not Condition.OFFLINE]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
     """What does not change while this process lives."""
@@ -139,7 +142,7 @@ class Health:
             if state != Condition.OFFLINE or self.stopping:
                 self._asked = None
                 return
-        elif state is not None and state != Condition.OFFLINE:
+        elif isinstance(instance, str) and state in _LIVE:
             if self._foreign is None:
                 log.error("health.foreign_status", topic=message.topic)
             self._foreign = time.monotonic()

@@ -115,8 +115,7 @@ class Intake:
                 return
             sender.reply = self._property_reply(message)
             self._check_envelope(message, sender, topic.client)
-            assert message.payload is not None  # noqa: S101 - checked by _check_envelope
-            body = protocol.parse_json(message.payload)
+            body = self._read(message, sender)
             if topic.request == "cancel":
                 self._cancel(slot, sender, body)
             else:
@@ -167,8 +166,6 @@ class Intake:
                     Code.INVALID, "the client in the topic must be 1 to 64 of A-Z a-z 0-9 _ -"
                 )
             sender.client = client
-        if message.retain:
-            raise Refused(Code.RETAINED, "requests must not be retained: publish without retain")
         limit = self._rules.payload_bytes
         if message.size > limit:
             raise Refused(
@@ -179,12 +176,34 @@ class Intake:
             raise Refused(
                 Code.QUEUE_FULL, "requests come in faster than they can be read", retry_after_s=5.0
             )
+
+    def _read(self, message: Incoming, sender: _Sender) -> dict[str, Any]:
+        """Return the body, and note in `sender` what it says of itself.
+
+        What is wrong with the message comes before what is wrong with its body, but is only told
+        once the body has been read: its id says where to.
+        """
+        assert message.payload is not None  # noqa: S101 - checked by _check_envelope
+        wrong = self._wrong_message(message)
+        try:
+            body = protocol.parse_json(message.payload)
+            self._identify(sender, message, body)
+        except Refused as refusal:
+            raise wrong or refusal from None
+        if wrong is not None:
+            raise wrong
+        return body
+
+    def _wrong_message(self, message: Incoming) -> Refused | None:
+        if message.retain:
+            return Refused(Code.RETAINED, "requests must not be retained: publish without retain")
         if self.stopping:
-            raise Refused(Code.STOPPING, "edged is stopping: send it again after the restart")
+            return Refused(Code.STOPPING, "edged is stopping: send it again after the restart")
         if message.correlation is not None and len(message.correlation) > MAX_CORRELATION_BYTES:
-            raise Refused(
+            return Refused(
                 Code.INVALID, f"correlation data may have {MAX_CORRELATION_BYTES} bytes at most"
             )
+        return None
 
     def _identify(self, sender: _Sender, message: Incoming, body: dict[str, Any]) -> None:
         """Read who asks and where the events go, before anything else can be wrong."""
@@ -207,7 +226,6 @@ class Intake:
     # Jobs
 
     def _accept(self, slot: _Slot, sender: _Sender, kind: Kind, body: dict[str, Any]) -> None:
-        self._identify(sender, slot.message, body)
         if kind is Kind.VISION:
             raise Refused(
                 Code.UNSUPPORTED,
@@ -336,7 +354,6 @@ class Intake:
     # Cancels
 
     def _cancel(self, slot: _Slot, sender: _Sender, body: dict[str, Any]) -> None:
-        self._identify(sender, slot.message, body)
         request = protocol.validate(protocol.CancelRequest, body)
         key = Key(sender.client, request.id)
         sender.key = key

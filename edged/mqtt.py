@@ -30,17 +30,16 @@ import structlog
 from tenacity import RetryCallState, Retrying
 
 from edged.errors import BadPublish, ConnectionLost
+from edged.mqttconfig import Connection, Patience
 from edged.mqttlink import (
     Ack,
     Answered,
     Arrived,
     Connected,
-    Connection,
     Disconnected,
     Event,
     Kept,
     Link,
-    Patience,
     Send,
     Stopped,
     Subscribed,

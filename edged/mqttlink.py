@@ -10,7 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 import structlog
@@ -20,10 +20,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
-from tenacity import wait_random_exponential
-from tenacity.wait import wait_base
 
-from edged.errors import BadPublish
+from edged.errors import BadPublish, ConfigError
+from edged.mqttconfig import Connection, Patience
 from edged.mqttwire import NoConnection, Publish, Splitter, Wire, dial, explain, tls_context
 from edged.ports import Incoming, Outgoing, PubAck, Receipt, Session, Trace
 from edged.topics import validate_publish
@@ -42,61 +41,6 @@ _NOT_AUTHORIZED = 0x87
 _IN_PAHO_BYTES = 64 * 1024
 #: Name lookups take resolv.conf's timeouts times its servers; nothing can interrupt them.
 _LOOKUP_S = 90.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connection:
-    """Where to connect, as whom, and what to ask of the broker. Bytes and seconds."""
-
-    host: str
-    port: int = 1883
-    client_id: str
-    username: str | None = None
-    #: A callable is asked at every connect, on the network thread.
-    password: str | Callable[[], str | None] | None = field(default=None, repr=False)
-    tls: bool = False
-    ca: str | None = None  # None: the system's
-    cert: str | None = None
-    key: str | None = None
-    protocol: Literal["5", "3.1.1"] = "5"
-    keepalive_s: int = 30
-    #: Wipe the session at every connect; with `session_expiry_s` 0 there is none at all.
-    clean_start: bool = False
-    session_expiry_s: int = 7 * 24 * 3600  # MQTT 5; on 3.1.1 the broker decides
-    receive_maximum: int = 8
-    #: Announced on MQTT 5. A larger packet, on 3.1.1, arrives as a message without payload.
-    maximum_packet_size: int | None = None
-    #: Filters with the QoS asked for.
-    subscriptions: tuple[tuple[str, Literal[0, 1]], ...] = ()
-    #: Asked at every connect, on the network thread; sent by the broker when we are lost.
-    will: Callable[[], Outgoing] | None = None
-    #: Bytes of messages that the event loop has not consumed or, at QoS 1, not acknowledged. A
-    #: message beyond it comes without payload. None: 3 x `maximum_packet_size`, or 32 MiB.
-    inbound_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long the bus waits for what, in seconds."""
-
-    connect_s: float = 10.0
-    connack_s: float = 10.0
-    suback_s: float = 30.0
-    #: A connection that lasted this long was a good one: the next wait is short again.
-    lasting_s: float = 10.0
-    #: With a certificate that is not valid yet the clock is about to be set.
-    clock_s: float = 15.0
-    #: The client id was taken over this often within `stolen_within_s`: somebody else has it.
-    stolen_after: int = 3
-    stolen_within_s: float = 60.0
-    stolen_wait_s: float = 30.0
-    #: A broker that closes this soon after connecting, saying nothing, counts as a takeover.
-    soon_s: float = 5.0
-    #: What is asked for the wait before the next attempt. Random, so that a broker that comes back
-    #: does not meet all devices at once.
-    retry: wait_base = field(
-        default_factory=lambda: wait_random_exponential(multiplier=1, max=30, min=0.5)
-    )
 
 
 # What the thread tells the event loop, and what it is told.
@@ -331,6 +275,8 @@ class Link:
         c, client = self._connection, self._client
         try:
             password = c.password() if callable(c.password) else c.password
+        except ConfigError as error:
+            raise NoConnection(error.message) from None
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise NoConnection(f"cannot read the password file{where}") from None
@@ -576,8 +522,10 @@ class Link:
                         topic,
                         SubscribeOptions(
                             qos=qos,
-                            retainAsPublished=True,
-                            retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND,
+                            retainAsPublished=not self._connection.retained,
+                            retainHandling=SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
+                            if self._connection.retained
+                            else SubscribeOptions.RETAIN_DO_NOT_SEND,
                         ),
                     )
                     for topic, qos in self._connection.subscriptions

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -112,6 +112,12 @@ def _path(value: Path) -> Path:
         return value.expanduser()
     except RuntimeError:
         raise ValueError("begins with a home that is not known here") from None
+
+
+def _folder_name(path: Path | None) -> str:
+    if path is None:
+        return "none"
+    return re.sub(r"[^A-Za-z0-9._:-]", "-", path.name)[:64] or "model"
 
 
 File = Annotated[Path, AfterValidator(_path)]
@@ -440,6 +446,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
+    #: What is read besides what the code gives, highest first: nothing, but for those that are
+    #: loaded.
+    sources: ClassVar[tuple[PydanticBaseSettingsSource, ...]] = ()
+
     device: Annotated[str, AfterValidator(_device)] = _setting(
         factory=default_device,
         derived="the host name, other characters than A-Z a-z 0-9 _ - replaced by -",
@@ -466,8 +476,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what stands in the code alone."""
-        return (init_settings,)
+        """Read our own sources, instead of the environment as it happens to be."""
+        return (*cls.sources, init_settings)
 
     def model_post_init(self, _context: Any) -> None:
         """Name the client after the device, unless it was named."""
@@ -476,12 +486,6 @@ class Settings(BaseSettings):
             mqtt = self.mqtt.model_copy()
             mqtt.__dict__["client_id"] = f"edged-{self.device}"
             self.__dict__["mqtt"] = mqtt
-
-
-def _folder_name(path: Path | None) -> str:
-    if path is None:
-        return "none"
-    return re.sub(r"[^A-Za-z0-9._:-]", "-", path.name)[:64] or "model"
 
 
 # Names ------------------------------------------------------------------------------------------
@@ -515,16 +519,12 @@ class Entry:
     @property
     def default(self) -> Any:
         """The fixed default; None if there is none or it is derived."""
-        return None if self.info.default_factory is not None else self.info.default
+        return None if self.derived else self.info.default
 
     @property
     def example(self) -> Any:
         """A value that may be written."""
-        return (
-            self.info.examples[0]
-            if self.info.examples
-            else self.info.get_default(call_default_factory=True, validated_data={})
-        )
+        return self.info.examples[0] if self.info.examples else self.info.default
 
     @property
     def kind(self) -> Any:

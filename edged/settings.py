@@ -1,9 +1,9 @@
-"""The settings and where they come from.
+"""Where the settings come from, and what is wrong with them.
 
 Sources, highest first: command line (`--set mqtt.host=x`), environment (`EDGED_MQTT__HOST`),
-credentials directory (systemd's `LoadCredential=`), a TOML file, defaults. Every value of every
-source is checked, also one that a higher source covers, and every mistake is reported by name, with
-the place it came from and what to write instead.
+credentials directory (systemd's `LoadCredential=`), a TOML file, defaults. pydantic-settings lays
+them over each other. Every value of every source is checked, also one that a higher source covers,
+and every mistake is told by name, with the place it came from and what to write instead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import ssl
 import stat
 import tomllib
 import typing
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import PydanticBaseSettingsSource
 
 from edged.errors import ConfigError
 from edged.options import (
@@ -82,21 +85,225 @@ _SECRETS = frozenset({"password", "passwd", "passphrase", "pass", "pwd", "secret
 # Sources ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a value came from, and how one is written there."""
+def load(
+    config: Path | None = None,
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    default_config: Path = DEFAULT_CONFIG,
+    as_client: bool = False,
+) -> Settings:
+    """Return the settings.
 
-    text: str
-    form: Literal["toml", "env", "cli", "credential"]
-    base: Path  # of relative paths
+    Args:
+        config: the file of `--config`; else `EDGED_CONFIG`, else `default_config` if it is there.
+        overrides: dotted names and values of `--set`.
+        environ: the environment; None: this process's.
+        default_config: the file that is read if none is named.
+        as_client: look only at files that a client needs; the daemon's secrets are not for
+            everybody who asks it something.
 
-    def write(self, entry: Entry, value: Any) -> str:
-        if self.form == "env":
-            return f"{entry.variable}={_plain(value)}"
-        if self.form == "cli":
-            return f"--set {entry.name}={_plain(value)}"
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    environ = os.environ if environ is None else environ
+    places = (
+        _CommandLine(overrides or {}),
+        _Environment(environ),
+        _Credentials(environ),
+        _Toml(environ, config, default_config),
+    )
+
+    class Loaded(Settings):
+        sources: ClassVar[tuple[PydanticBaseSettingsSource, ...]] = places
+
+    loaded = Loaded.model_validate({"state": {"dir": default_state_dir(environ)}})
+    settings = Settings(**dict(loaded))  # of the class that others know
+    mistakes = [line for place in reversed(places) for line in place.mistakes]
+    wrong = {name for place in places for name in place.wrong}
+    for names, text in (*_contradictions(settings), *_file_faults(settings, as_client)):
+        if wrong.isdisjoint(names):
+            found = [place.right[names[0]] for place in places if names[0] in place.right]
+            where = f" ({found[0]})" if found else ""
+            mistakes.append(f"{names[0]}{where}: {text}")
+    if mistakes:
+        raise ConfigError(mistakes)
+    return settings
+
+
+class _Source(PydanticBaseSettingsSource):
+    """One place that settings stand in."""
+
+    #: Whether values have TOML's types; else they are texts.
+    typed = False
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        super().__init__(Settings)
+        self.texts = texts
+        self.mistakes: list[str] = []
+        self.wrong: set[str] = set()
+        self.right: dict[str, str] = {}  # and where they stand
+        self.base = _working_directory()  # of relative paths
+
+    @abstractmethod
+    def given(self) -> Iterator[tuple[str, Any, str]]:
+        """Yield the dotted name, the value and the place of everything that stands here."""
+
+    def written(self, entry: Entry, value: Any) -> str:
+        """Return how a setting is written here."""
         where = f" in [{entry.section}]" if entry.section else " before the first [section]"
         return f"{entry.key} = {toml_value(value)}{where}"
+
+    def called(self, entry: Entry) -> str:
+        """Return what a setting is called here."""
+        return entry.name
+
+    def __call__(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for name, value, place in self.given():
+            entry = entries().get(name)
+            if entry is None:
+                shown = name if name.isprintable() else repr(name)
+                self.mistakes.append(f"{shown} ({place}): {self._unknown(name)}")
+                continue
+            try:
+                checked = self._check(entry, value)
+            except ValidationError as error:
+                self.wrong.add(name)
+                text = f"{_phrase(entry, value, error)}; write {self.written(entry, entry.example)}"
+                self.mistakes.append(f"{name} ({place}): {text}")
+                continue
+            self.right[name] = place
+            target = tree.setdefault(entry.section, {}) if entry.section else tree
+            target[entry.key] = checked
+        return tree
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """Not used: asked for each field by itself, a source could not tell what it has besides."""
+        raise NotImplementedError
+
+    def _check(self, entry: Entry, value: Any) -> Any:
+        """Return the value as the tree holds it, or raise ValidationError."""
+        if not self.typed and value == "" and entry.optional:
+            return None
+        if not self.typed and typing.get_origin(entry.kind) is tuple:
+            value = _items(value)
+        if self.typed or isinstance(value, list):
+            # JSON's strict rules are TOML's types: "1883" and true are no port. Dates, which JSON
+            # has not and no setting takes, become objects.
+            table = json.dumps({entry.key: value}, default=lambda other: {"": str(other)})
+            group = entry.group.model_validate_json(table, strict=True)
+        else:
+            group = entry.group.model_validate_strings({entry.key: value})
+        checked = getattr(group, entry.key)
+        return self.base / checked if isinstance(checked, Path) else checked
+
+    def _unknown(self, name: str) -> str:
+        section, _, key = name.rpartition(".")
+        if key in _SECRETS:
+            target = entries().get(f"{section}.password_file") or entries()["mqtt.password_file"]
+            return (
+                "a password is not taken from here, others can read it; write it to a file that "
+                f"only edged may read and use {target.name}: "
+                f"{self.written(target, '/path/to/file')}"
+            )
+        if name in sections():
+            first = next(entry for entry in entries().values() if entry.section == name)
+            return f"this is a group of settings; write {self.written(first, first.example)}"
+        if near := _nearest(name):
+            return f"there is no such setting; did you mean {self.called(entries()[near])}?"
+        return "there is no such setting; `edged schema config` lists them all, remove it"
+
+
+class _CommandLine(_Source):
+    """`--set mqtt.host=x`."""
+
+    def given(self) -> Iterator[tuple[str, Any, str]]:
+        for name, value in self.texts.items():
+            yield name, value, "command line"
+
+    def written(self, entry: Entry, value: Any) -> str:
+        return f"--set {entry.name}={_plain(value)}"
+
+
+class _Environment(_Source):
+    """`EDGED_MQTT__HOST=x`."""
+
+    def given(self) -> Iterator[tuple[str, Any, str]]:
+        for variable, value in sorted(self.texts.items()):
+            if not variable.startswith(ENV_PREFIX) or variable in ENV_OTHER:
+                continue
+            name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
+            # An empty variable is how a container file leaves a value out.
+            if value or name not in entries():
+                yield name, value, f"environment variable {variable}"
+
+    def written(self, entry: Entry, value: Any) -> str:
+        return f"{entry.variable}={_plain(value)}"
+
+    def called(self, entry: Entry) -> str:
+        return entry.variable
+
+
+class _Credentials(_Source):
+    """Files that systemd's `LoadCredential=` lays down, named like `mqtt-password`."""
+
+    def given(self) -> Iterator[tuple[str, Any, str]]:
+        folder = self.texts.get("CREDENTIALS_DIRECTORY")
+        for entry in _identity_files() if folder else ():
+            path = Path(f"{folder}/{entry.section}-{entry.key.removesuffix('_file')}")
+            if path.is_file():
+                yield entry.name, str(path), f"credential {path}"
+
+
+class _Toml(_Source):
+    """The settings file."""
+
+    typed = True
+
+    def __init__(self, environ: Mapping[str, str], config: Path | None, default: Path) -> None:
+        super().__init__(environ)
+        variable = environ.get("EDGED_CONFIG")
+        self._given = "--config" if config else "EDGED_CONFIG" if variable else "the settings file"
+        self._config = config or Path(variable or default)
+        self._default = default
+        self.base = (self.base / self._config).parent
+
+    def given(self) -> Iterator[tuple[str, Any, str]]:
+        config = self._config
+        if self._given == "the settings file" and not os.path.lexists(config):
+            return
+        try:
+            text = config.read_bytes().decode()
+            table = tomllib.loads(text)
+        except (OSError, ValueError) as error:
+            self.mistakes.append(self._unreadable(error))
+            return
+        lines = _lines(text)
+        for name, value in _flatten(table):
+            line = next((lines[n] for n in _with_parents(name) if n in lines), None)
+            yield name, value, f"{config}, line {line}" if line else str(config)
+
+    def _unreadable(self, error: OSError | ValueError) -> str:
+        config = self._config
+        if isinstance(error, FileNotFoundError):
+            return (
+                f"{self._given} {config}: there is no such file; name an existing file, or leave "
+                f"it out to use {self._default} or the defaults"
+            )
+        if isinstance(error, OSError):
+            return (
+                f"{self._given} {config}: it cannot be read ({error.strerror}); name a file that "
+                "this user may read"
+            )
+        if isinstance(error, UnicodeDecodeError):
+            return f"{config}: it is not UTF-8 text; save it as UTF-8"
+        what, _, place = str(error).partition(" (at ")
+        line = re.match(r"line \d+", place)
+        return (
+            f"{config}{f', {line[0]}' if line else ''}: this is not TOML: {what}; write name = "
+            "value, texts in double quotes, as `edged schema config --format toml` shows"
+        )
 
 
 def _working_directory() -> Path:
@@ -121,179 +328,13 @@ def toml_value(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
-def load(
-    config: Path | None = None,
-    overrides: Mapping[str, str] | None = None,
-    environ: Mapping[str, str] | None = None,
-    *,
-    default_config: Path = DEFAULT_CONFIG,
-) -> Settings:
-    """Return the settings.
-
-    Args:
-        config: the file of `--config`; else `EDGED_CONFIG`, else `default_config` if it is there.
-        overrides: dotted names and values of `--set`.
-        environ: the environment; None: this process's.
-        default_config: the file that is read if none is named.
-
-    Raises:
-        ConfigError: with one line for each mistake.
-    """
-    environ = os.environ if environ is None else environ
-    reader = _Reader()
-    reader.toml(config, environ, default_config)
-    reader.credentials(environ)
-    reader.environment(environ)
-    reader.command_line(overrides or {})
-    return reader.finish(default_state_dir(environ))
-
-
-class _Reader:
-    """Takes the sources, lowest first, and gathers values and mistakes."""
-
-    def __init__(self) -> None:
-        self.mistakes: list[str] = []
-        self._values: dict[str, Any] = {}
-        self._sources: dict[str, _Source] = {}
-        self._bad: set[str] = set()
-
-    # one source each
-
-    def toml(self, config: Path | None, environ: Mapping[str, str], default_config: Path) -> None:
-        given = "--config"
-        if config is None and environ.get("EDGED_CONFIG"):
-            config, given = Path(environ["EDGED_CONFIG"]), "EDGED_CONFIG"
-        if config is None:
-            try:
-                default_config.lstat()
-            except OSError:
-                return
-            config, given = default_config, "the settings file"
-        try:
-            text = config.read_bytes().decode()
-            table = tomllib.loads(text)
-        except FileNotFoundError:
-            self.mistakes.append(
-                f"{given} {config}: there is no such file; name an existing file, or leave it out "
-                f"to use {default_config} or the defaults"
-            )
-            return
-        except OSError as error:
-            self.mistakes.append(
-                f"{given} {config}: it cannot be read ({error.strerror}); name a file that this "
-                "user may read"
-            )
-            return
-        except UnicodeDecodeError:
-            self.mistakes.append(f"{config}: it is not UTF-8 text; save it as UTF-8")
-            return
-        except tomllib.TOMLDecodeError as error:
-            self.mistakes.append(_toml_mistake(config, error))
-            return
-        lines = _lines(text)
-        base = config.absolute().parent
-        for name, value in _flatten(table):
-            line = next((lines[n] for n in _with_parents(name) if n in lines), None)
-            where = f"{config}, line {line}" if line else str(config)
-            self._take(name, value, _Source(where, "toml", base))
-
-    def credentials(self, environ: Mapping[str, str]) -> None:
-        folder = environ.get("CREDENTIALS_DIRECTORY")
-        if not folder:
-            return
-        for name, entry in entries().items():
-            if Path not in entry.kinds or entry.section not in {"mqtt", "client", "cameras"}:
-                continue
-            path = Path(folder) / f"{entry.section}-{entry.key.removesuffix('_file')}"
-            if path.is_file():
-                self._take(name, str(path), _Source(f"credential {path}", "credential", Path("/")))
-
-    def environment(self, environ: Mapping[str, str]) -> None:
-        base = _working_directory()
-        for variable in sorted(environ):
-            # An empty variable is how a container file leaves a value out.
-            if not variable.startswith(ENV_PREFIX) or variable in ENV_OTHER:
-                continue
-            name = variable.removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            if environ[variable] or name not in entries():
-                source = _Source(f"environment variable {variable}", "env", base)
-                self._take(name, environ[variable], source)
-
-    def command_line(self, overrides: Mapping[str, str]) -> None:
-        base = _working_directory()
-        for name, value in overrides.items():
-            self._take(name, value, _Source("command line", "cli", base))
-
-    # one value
-
-    def _take(self, name: str, value: Any, source: _Source) -> None:
-        entry = entries().get(name)
-        if entry is None:
-            shown = name if name.isprintable() else repr(name)
-            self.mistakes.append(f"{shown} ({source.text}): {_unknown(name, source)}")
-            return
-        try:
-            checked = _check(entry, value, source)
-        except ValueError as error:
-            self._bad.add(name)
-            self.mistakes.append(
-                f"{name} ({source.text}): {error}; write {source.write(entry, entry.example)}"
-            )
-            return
-        self._values[name] = checked
-        self._sources[name] = source
-
-    # together
-
-    def finish(self, state_dir: Path) -> Settings:
-        tree: dict[str, Any] = {}
-        for name, value in {"state.dir": state_dir, **self._values}.items():
-            entry = entries()[name]
-            target = tree.setdefault(entry.section, {}) if entry.section else tree
-            target[entry.key] = value
-        settings = Settings.model_validate(tree)
-        for names, text in (*_contradictions(settings), *_file_faults(settings)):
-            if self._bad.isdisjoint(names):
-                source = self._sources.get(names[0])
-                where = f" ({source.text})" if source else ""
-                self.mistakes.append(f"{names[0]}{where}: {text}")
-        if self.mistakes:
-            raise ConfigError(self.mistakes)
-        return settings
-
-
-def _check(entry: Entry, value: Any, source: _Source) -> Any:
-    """Return the value as the tree holds it, or raise ValueError with what is wrong with it."""
-    if source.form != "toml" and entry.optional and value == "":
-        return None
-    if source.form != "toml" and typing.get_origin(entry.kinds[0]) is tuple:
-        value = _split(value)
-    try:
-        if isinstance(value, str) and source.form != "toml":
-            tree = entry.group.model_validate_strings({entry.key: value})
-        else:
-            # JSON's strict rules are TOML's types: "1883" and true are no port.
-            tree = entry.group.model_validate_json(_strict({entry.key: value}), strict=True)
-    except ValidationError as error:
-        raise ValueError(_phrase(entry, value, error)) from error
-    checked = getattr(tree, entry.key)
-    return source.base / checked.expanduser() if isinstance(checked, Path) else checked
-
-
-def _strict(value: Any) -> str:
-    # TOML has dates and times, which no setting takes, and JSON has not: they become objects.
-    return json.dumps(value, default=lambda other: {"": str(other)})
-
-
-def _split(value: str) -> list[str]:
+def _items(text: str) -> list[Any]:
     """Return the items of a list from a command line or variable: JSON, or comma-separated."""
-    try:
-        parsed = json.loads(value)
-    except ValueError:
-        parsed = None
-    if isinstance(parsed, list):
-        return parsed
-    return [item.strip() for item in value.split(",") if item.strip()]
+    with suppress(ValueError):
+        parsed = json.loads(text)
+        if isinstance(parsed, list):
+            return parsed
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def _phrase(entry: Entry, value: Any, error: ValidationError) -> str:
@@ -308,40 +349,16 @@ def _phrase(entry: Entry, value: Any, error: ValidationError) -> str:
     return f"{shown} is not {entry.expected}"
 
 
-def _unknown(name: str, source: _Source) -> str:
-    section, _, key = name.rpartition(".")
-    if key in _SECRETS:
-        target = f"{section}.password_file" if f"{section}.password_file" in entries() else ""
-        target = target or "mqtt.password_file"
-        return (
-            "a password is not taken from here, others can read it; write it to a file that only "
-            f"edged may read and use {target}: {source.write(entries()[target], '/path/to/file')}"
-        )
-    if name in sections():
-        example = next(e for e in entries().values() if e.section == name)
-        wrong = "this is a group of settings"
-        return f"{wrong}; write {source.write(example, example.example)}"
-    near = _nearest(name)
-    if near:
-        written = {"env": entries()[near].variable}.get(source.form, near)
-        return f"there is no such setting; did you mean {written}?"
-    return "there is no such setting; `edged schema config` lists them all, remove it"
-
-
 def _nearest(name: str) -> str:
     """Return what to write instead of an unknown name."""
-    known = list(entries())
-    name = name.lower()
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not close:
-        # Right name in the wrong place, or a '_' where a '.' belongs.
-        flat = {each.replace(".", "_"): each for each in known}
-        close = [flat[each] for each in difflib.get_close_matches(name.replace(".", "_"), flat, 1)]
-    if not close:
-        tails = {each.rpartition(".")[2]: each for each in reversed(known)}
-        tail = name.rpartition(".")[2]
-        close = [tails[each] for each in difflib.get_close_matches(tail, tails, 1, 0.65)]
-    return close[0] if close else ""
+    known: dict[str, str] = {}
+    for each in reversed(entries()):
+        # Also the right key in the wrong group, and a '_' where a '.' belongs.
+        known |= {each.rpartition(".")[2]: each, each.replace(".", "_"): each, each: each}
+    for asked in (name.lower(), name.lower().rpartition(".")[2]):
+        if close := difflib.get_close_matches(asked, known, 1, 0.75):
+            return known[close[0]]
+    return ""
 
 
 # TOML -------------------------------------------------------------------------------------------
@@ -385,17 +402,6 @@ def _bare(key: str) -> str:
     return ".".join(part.strip().strip("\"'") for part in key.split("."))
 
 
-def _toml_mistake(config: Path, error: tomllib.TOMLDecodeError) -> str:
-    message = str(error)
-    place = re.search(r"\s*\(at (?:line (\d+), column \d+|end of document)\)$", message)
-    where = f", line {place[1]}" if place and place[1] else ""
-    what = message[: place.start()] if place else message
-    return (
-        f"{config}{where}: this is not TOML: {what}; write name = value, texts in double quotes, "
-        "as `edged schema config` shows"
-    )
-
-
 # What only shows when settings are looked at together ---------------------------------------------
 
 _Fault = tuple[tuple[str, ...], str]
@@ -432,10 +438,10 @@ def _contradictions(settings: Settings) -> Iterator[_Fault]:
         yield ("limits.max_tokens", "model.max_context"), f"{text}; set it below {context}"
 
 
-def _file_faults(settings: Settings) -> Iterator[_Fault]:
-    for name, entry in entries().items():
-        path = _given_file(settings, entry)
-        if path is None:
+def _file_faults(settings: Settings, as_client: bool) -> Iterator[_Fault]:  # noqa: FBT001 - as load's
+    for entry, path in _files(settings):
+        name = entry.name
+        if as_client and entry.section != "client" and name != "mqtt.ca":
             continue
         # Somebody may have put a password where its file belongs: that value is not printed.
         shown = "the file it names" if entry.key == "password_file" else str(path)
@@ -452,15 +458,21 @@ def _file_faults(settings: Settings) -> Iterator[_Fault]:
                 yield (name,), f"{error}; write the password into its first line"
         elif b"-----BEGIN " not in content:
             yield (name,), f"{path} is no PEM file; convert it with openssl (-outform PEM)"
-    yield from _tls_faults(settings)
+    yield from _tls_faults(settings, ("client",) if as_client else ("mqtt", "client", "cameras"))
 
 
-def _given_file(settings: Settings, entry: Entry) -> Path | None:
-    """Return the file that a setting of an MQTT identity names."""
-    if Path not in entry.kinds or entry.section not in {"mqtt", "client", "cameras"}:
-        return None
-    path: Path | None = getattr(getattr(settings, entry.section), entry.key)
-    return path
+def _identity_files() -> list[Entry]:
+    """Return the settings that name a file of an MQTT identity."""
+    groups = {"mqtt", "client", "cameras"}
+    return [each for each in entries().values() if each.kind is Path and each.section in groups]
+
+
+def _files(settings: Settings) -> Iterator[tuple[Entry, Path]]:
+    """Yield those that are set, with their files."""
+    for entry in _identity_files():
+        path = getattr(getattr(settings, entry.section), entry.key)
+        if path is not None:
+            yield entry, path
 
 
 def _read(path: Path) -> bytes:
@@ -471,7 +483,7 @@ def _read(path: Path) -> bytes:
         return file.read(1 << 20)
 
 
-def _tls_faults(settings: Settings) -> Iterator[_Fault]:
+def _tls_faults(settings: Settings, identities: tuple[str, ...]) -> Iterator[_Fault]:
     if settings.mqtt.ca:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(settings.mqtt.ca)
@@ -480,7 +492,7 @@ def _tls_faults(settings: Settings) -> Iterator[_Fault]:
         except (ssl.SSLError, OSError):
             yield ("mqtt.ca",), f"{settings.mqtt.ca} holds no certificate; name a PEM file of some"
     for section, group in _identities(settings):
-        if not (group.cert and group.key):
+        if section not in identities or not (group.cert and group.key):
             continue
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
@@ -581,14 +593,9 @@ def warnings(settings: Settings) -> list[str]:
             "model.max_context is above 4096: models with LongRoPE (Phi-3.5, Phi-4-mini) compute "
             "everything again when they cross token 4097; set it to 4096 or less"
         )
-    for name, entry in entries().items():
-        path = _given_file(settings, entry)
-        if path is None or entry.key not in {"password_file", "key"}:
-            continue
-        try:
-            mode = path.stat().st_mode
-        except OSError:
-            continue
-        if mode & stat.S_IROTH:
-            found.append(f"{name}: every user of this machine may read {path}; chmod 640 it")
+    for entry, path in _files(settings):
+        with suppress(OSError):
+            if entry.key in {"password_file", "key"} and path.stat().st_mode & stat.S_IROTH:
+                text = f"every user of this machine may read {path}; chmod 640 it"
+                found.append(f"{entry.name}: {text}")
     return found

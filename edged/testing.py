@@ -18,7 +18,7 @@ import structlog
 
 from edged.errors import BadPublish, ConnectionLost
 from edged.jobs import Stamp
-from edged.mqttlink import Connection
+from edged.mqttconfig import Connection
 from edged.ports import (
     BusListener,
     BusState,

@@ -315,7 +315,7 @@ def view(beat: dict[str, Any], device: str, age_s: float) -> list[str]:
         f"job      {_job(beat)}",
         f"queue    {_number(waiting)} waiting" + (f", the oldest {oldest}" if waiting else ""),
         f"outbox   {_number(outbox)} unsent" + (f", the oldest {unsent}" if outbox else ""),
-        "totals   " + ", ".join(f"{_number(count)} {printable(name)}" for name, count in counts),
+        "totals   " + ", ".join(f"{_number(count)} {one_line(name)}" for name, count in counts),
         "engine   " + ", ".join(engine),
         "speed    " + ", ".join(speed),
         "host     " + ", ".join(host),

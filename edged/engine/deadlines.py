@@ -83,7 +83,9 @@ class Deadlines:
     def limit(self, stage: Stage, work: int = 1) -> float:
         """Return how many seconds a step of this size may take."""
         past = self._past(stage)
-        costs = [*past.slowest, *(() if past.current is None else (past.current,))]
+        costs = list(past.slowest)
+        if past.current is not None:
+            costs.append(past.current)
         if costs:
             units = max(work, _LEAST_WORK.get(stage, 1))
             limit = max(self._limits.floor_s, self._limits.factor * max(costs) * units)

@@ -46,7 +46,7 @@ class GenaiBackend:
                 hint="set model.path to a text model",
             )
         plan = memory.plan(
-            _need(folder),
+            memory.need_of(folder),
             available_mb=box.memory_mb(),
             limit_mb=order.memory_mb,
             context=order.max_context,
@@ -155,16 +155,6 @@ class _NoDesk:
 
     def check(self) -> None:
         """Do nothing."""
-
-
-def _need(folder: ModelFolder) -> memory.Need:
-    return memory.Need(
-        weights_bytes=folder.weights_bytes,
-        encoder_bytes=folder.encoder_bytes,
-        kv_bytes=folder.kv_bytes,
-        feature_bytes=0,
-        context_length=folder.context_length,
-    )
 
 
 def _import() -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edged.errors import EdgedError
+from edged.models.folder import ModelFolder
 
 #: Of what is available, by default.
 SHARE = 0.7
@@ -40,6 +41,18 @@ class Need:
     feature_bytes: int
     context_length: int
     sessions: int = 1
+
+
+def need_of(folder: ModelFolder) -> Need:
+    """Return what the model of a folder takes."""
+    return Need(
+        weights_bytes=folder.weights_bytes,
+        encoder_bytes=folder.encoder_bytes,
+        kv_bytes=folder.kv_bytes,
+        # One row of float32 for each position, if frames are looked at.
+        feature_bytes=4 * folder.hidden_size if folder.encoder_bytes else 0,
+        context_length=folder.context_length,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,7 @@ from numpy.typing import NDArray
 from edged.ports import Sampling
 
 Logits = NDArray[np.float32]
-
-#: Candidates that are looked at first when only `top_p` cuts: almost always enough, and sorting a
-#: whole vocabulary of 200 000 takes longer than a small model's token.
-_HEAD = 2048
+Weights = NDArray[np.float64]
 
 
 class Sampler:
@@ -58,35 +55,31 @@ class Sampler:
         scaled = logits.astype(np.float64)
         scaled -= scaled[best]
         scaled /= self._sampling.temperature
-        top_k, top_p = self._sampling.top_k, self._sampling.top_p
         weights = np.exp(scaled)
-        whole = weights.sum()
-        if 0 < top_k < scaled.size:
-            ids = _largest(scaled, top_k)
-            whole = weights[ids].sum()
-        elif top_p < 1.0:
-            ids = _head_holding(weights, top_p * whole)
-        else:
-            ids = np.arange(scaled.size)
-        weights = weights[ids]
-        if top_p < 1.0:
-            kept = int(np.searchsorted(np.cumsum(weights), top_p * whole)) + 1
-            ids, weights = ids[:kept], weights[:kept]
-        sums = np.cumsum(weights)
+        ids = np.arange(weights.size)
+        if 0 < self._sampling.top_k < weights.size:
+            ids = _largest(weights, self._sampling.top_k)
+        if self._sampling.top_p < 1.0:
+            ids = ids[_nucleus(weights[ids], self._sampling.top_p)]
+        sums = np.cumsum(weights[ids])
         at = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
         return int(ids[min(at, ids.size - 1)])
 
 
-def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Return the ids of the largest values, the largest first, equal ones by id."""
-    ids = np.argpartition(values, values.size - count)[values.size - count :]
-    return ids[np.lexsort((ids, -values[ids]))].astype(np.int64, copy=False)
+def _largest(weights: Weights, count: int) -> NDArray[np.int64]:
+    """Return where the largest weights stand, in order; of equal ones at the border the first."""
+    border = np.partition(weights, weights.size - count)[weights.size - count]
+    above = np.flatnonzero(weights > border)
+    equal = np.flatnonzero(weights == border)[: count - above.size]
+    return np.sort(np.concatenate((above, equal)))
 
 
-def _head_holding(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
-    """Return the ids of the largest weights, the largest first, enough of them to hold `share`."""
-    if weights.size > _HEAD:
-        ids = _largest(weights, _HEAD)
-        if weights[ids].sum() >= share:
-            return ids
-    return _largest(weights, weights.size)
+def _nucleus(weights: Weights, share: float) -> NDArray[np.int64]:
+    """Return where the fewest weights stand that hold a share of the whole, in order."""
+    whole = weights.sum()
+    # All that are smaller than this hold less than the rest of the share: they need no sorting,
+    # and there are very many of them.
+    worth = np.flatnonzero(weights >= (1.0 - share) * whole / weights.size)
+    falling = np.sort(weights[worth])[::-1]
+    count = int(np.searchsorted(np.cumsum(falling), share * whole)) + 1
+    return worth[_largest(weights[worth], min(count, worth.size))]

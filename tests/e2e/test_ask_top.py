@@ -443,7 +443,7 @@ def test_a_terminal_sees_the_way_and_no_control_characters(
     assert "prefill 512 of 1024" in text
     assert "red ␛[31malert␇" in text
     assert "\x1b[31m" not in text
-    assert "[small, 3 tokens, the first after 0.01 s, 9.0 a second]" in text
+    assert "[small, 3 tokens, the first after 5 ms, 9.0 a second]" in text
 
 
 # top --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import errno
 import socket
 import ssl
 import struct
+import threading
 import time
 from contextlib import suppress
 
@@ -26,6 +27,7 @@ from edged.mqttwire import (
     ProtocolError,
     Publish,
     Splitter,
+    Wire,
     decode_publish,
     dial,
     explain,
@@ -227,6 +229,31 @@ def test_qos_2_is_left_to_paho() -> None:
 def test_a_control_packet_is_bounded() -> None:
     with pytest.raises(ProtocolError):
         splitter().feed(b"\x90" + variable(MAX_CONTROL_BYTES + 1))
+
+
+# Leaving
+
+
+def test_the_peer_reads_our_last_words_although_we_did_not_read_its() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        with peer:
+            sock.setblocking(False)
+            wire = Wire(sock, splitter())
+            peer.sendall(bytes(100_000))
+            assert wire.send(b"\xe0\x00") == 2
+            wire.close()  # as paho does
+            leaving = threading.Thread(target=wire.finish, kwargs={"linger_s": 5.0})
+            leaving.start()
+            assert peer.recv(10) == b"\xe0\x00"
+            assert peer.recv(10) == b""  # an orderly end, no reset
+            peer.close()
+            leaving.join(4)
+            assert not leaving.is_alive()
+            assert wire.fileno() == -1
+            with pytest.raises(ConnectionResetError):
+                wire.send(b"more")
 
 
 # Reasons

@@ -648,6 +648,19 @@ def test_what_follows_from_other_settings() -> None:
     assert given.model.name == "phi"
 
 
+def test_a_tree_made_in_code_reads_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Settings()
+    for name in ("DEVICE", "EDGED_DEVICE", "MQTT__HOST", "EDGED_MQTT__HOST", "MQTT", "EDGED_MQTT"):
+        monkeypatch.setenv(name, "elsewhere")
+    assert Settings() == plain
+    assert load(None, {}, {}, default_config=Path("/absent")).mqtt == plain.mqtt
+
+
+def test_a_home_that_nobody_has(mistakes: Any) -> None:
+    (found,) = mistakes("model.path = '~no-such-user/phi'")
+    assert "a home that is not known" in found
+
+
 def test_a_group_may_be_shared_between_trees() -> None:
     mqtt = Mqtt()
     one, two = Settings(device="one", mqtt=mqtt), Settings(device="two", mqtt=mqtt)
@@ -836,3 +849,18 @@ def test_the_reference_names_everything() -> None:
 def test_state_is_not_made_by_reading(tmp_path: Path) -> None:
     Settings(state=State(dir=tmp_path / "x"))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_client_need_not_read_the_daemons_secrets(tmp_path: Path) -> None:
+    config = tmp_path / "edged.toml"
+    config.write_text(
+        "[mqtt]\nusername = 'edged'\npassword_file = 'absent'\n"
+        "[client]\nusername = 'desk'\npassword_file = 'desk'\n"
+    )
+    (tmp_path / "desk").write_text("secret\n")
+    assert load(config, environ={}, as_client=True).client.username == "desk"
+    with pytest.raises(ConfigError, match=r"mqtt\.password_file"):
+        load(config, environ={})
+    (tmp_path / "desk").unlink()
+    with pytest.raises(ConfigError, match=r"client\.password_file"):
+        load(config, environ={}, as_client=True)

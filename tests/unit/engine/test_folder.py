@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edged
@@ -270,6 +270,7 @@ def test_the_size_of_the_cache_is_read_from_the_graph(
     assert graph.kv_cache_bytes(path) == expected
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_graph_or_are_not(
     tmp_path_factory: pytest.TempPathFactory, data: bytes

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged.engine import box
@@ -77,6 +77,7 @@ def test_every_part_is_in_the_sum() -> None:
     }
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 10**10),
     st.integers(1, 10**6),

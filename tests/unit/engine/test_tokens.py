@@ -86,7 +86,7 @@ def _oracle(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
-@settings(max_examples=1000)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(st.text("ab\n", max_size=4), max_size=12), STOPS)
 def test_stop_strings_are_found_across_any_borders_and_never_let_out(
     pieces: list[str], stops: list[str]

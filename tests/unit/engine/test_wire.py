@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged.engine import messages
@@ -19,6 +19,7 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.tuples(st.dictionaries(st.text(), JSON), st.binary(max_size=40)), max_size=4),
     st.integers(1, 17),
@@ -36,6 +37,7 @@ def test_messages_survive_any_cutting_of_the_stream(
     assert unpacker.waiting == 0
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=12, max_size=200))
 def test_stray_bytes_are_seen_at_once(stray: bytes) -> None:
     if stray.startswith(MAGIC):
