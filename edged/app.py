@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from edged.clock import SystemClock
 from edged.dispatcher import Dispatcher
 from edged.engine.host import EngineHost
 from edged.engine.messages import Order
-from edged.errors import ConfigError, JournalTooNew, JournalUnavailable
+from edged.errors import EdgedError, JournalUnavailable
 from edged.health import Condition, Health, Identity
 from edged.intake import Intake, Rules
 from edged.jobs import MAX_DEATHS
@@ -44,7 +44,8 @@ EXTEND_S, EXTEND_EVERY_S = 60.0, 10.0
 JOURNAL_RETRY_S = 5.0
 #: What the final of an open job may need in the journal: its frame, and its text and `json`.
 FINAL_BYTES, FINAL_BYTES_A_TOKEN = 16_384, 32
-FAREWELL_S = 3.0
+#: How long a stop waits for each thing that should take no time, seconds.
+PATIENCE_S = 3.0
 
 log = structlog.get_logger()
 
@@ -269,29 +270,21 @@ class App:
         log.info("edged.stopping", running=self.dispatcher.current is not None)
         self._notifier.stopping()
         self.intake.stopping = self.health.stopping = True
-        stop_s = self.settings.state.stop_s
-        await self.dispatcher.drain(stop_s)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(
-                FAREWELL_S
-            ):  # the engine answers within a chunk, or is ended
-                await self.dispatcher.idle()
+        await self.dispatcher.drain(self.settings.state.stop_s)
+        await _patiently(self.dispatcher.idle())  # the engine answers within a chunk, or is ended
         await self.engine.close()
-        await self.dispatcher.idle()
-        await self._background.settle()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(FAREWELL_S):
-                if self.bus.session is not None:
-                    await self.outbox.drained()
-        await self.bus.close(self.health.status(Condition.OFFLINE, "stopped"), FAREWELL_S)
+        # With a full disk these do not end: what they would store is found by the next start.
+        await _patiently(self.dispatcher.idle())
+        await _patiently(self._background.settle())
+        if self.bus.session is not None:
+            await _patiently(self.outbox.drained())
+        await self.bus.close(self.health.status(Condition.OFFLINE, "stopped"), PATIENCE_S)
 
     # The journal
 
     async def _open_journal(self) -> bool:
         try:
             opened = await self.journal.open()
-        except JournalTooNew:
-            raise
         except JournalUnavailable as error:
             log.error("journal.unavailable", operation="open", reason=error.message)
             self.health.note_journal(f"the journal cannot be opened: {error.message}")
@@ -347,6 +340,11 @@ class App:
             await asyncio.sleep(pause)
 
 
+async def _patiently(event: Awaitable[None]) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event, PATIENCE_S)
+
+
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -388,14 +386,28 @@ async def _signals(stop: Callable[[], None]) -> AsyncIterator[None]:
             loop.remove_signal_handler(number)
 
 
+#: A bug ended the daemon; systemd starts it again (sysexits.h, EX_SOFTWARE).
+EX_SOFTWARE = 70
+
+
 def main(settings: Settings, **parts: Any) -> int:
-    """Run the daemon; return its exit status."""
+    """Run the daemon; return its exit status.
+
+    Raises:
+        EdgedError: it cannot run as it is set up.
+    """
 
     async def serve() -> None:
         await App(settings, **parts).run()
 
     try:
         asyncio.run(serve())
-    except* ConfigError as errors:
-        raise errors.exceptions[0] from None
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, EdgedError):
+            raise cause from None
+        log.exception("edged.failed")
+        return EX_SOFTWARE
     return 0

@@ -30,6 +30,7 @@ from edged.errors import EdgedError
 
 #: Every event there is, and what it says. A test compares it with the code.
 EVENTS: Final[Mapping[str, str]] = {
+    "edged.failed": "a bug ended the daemon; where it is stands beside it",
     "edged.killed": "a second signal to stop came; the daemon ends at once",
     "edged.signal": "a signal came",
     "edged.starting": "the daemon begins; version, device and instance stand beside it",

@@ -31,7 +31,7 @@ MAX_CONTROL_BYTES = 1024 * 1024
 
 _READ_BYTES = 64 * 1024
 #: Read at most this much before anything else gets its turn.
-_READ_TURN_BYTES = 1024 * 1024
+_READ_TURN_BYTES = 256 * 1024
 
 _PUBLISH = 0x30
 _PINGRESP = b"\xd0\x00"
