@@ -42,6 +42,8 @@ RECEIVE_MAXIMUM = 8
 #: While the model loads, systemd is asked for this much more time, this often, seconds.
 EXTEND_S, EXTEND_EVERY_S = 60.0, 10.0
 JOURNAL_RETRY_S = 5.0
+#: The engine's stage costs: their name in the journal, and the seconds between two writes.
+HISTORY, HISTORY_S = "engine.history", 900.0
 #: What the final of an open job may need in the journal: its frame, and its text and `json`.
 FINAL_BYTES, FINAL_BYTES_A_TOKEN = 16_384, 32
 #: How long a stop waits for each thing that should take no time, seconds.
@@ -246,6 +248,8 @@ class App:
 
     async def _serve(self) -> None:
         opened = await self._open_journal()
+        if opened and (history := await self.journal.get(HISTORY)) is not None:
+            self.engine.recall(history)
         async with asyncio.TaskGroup() as tasks:
             work = [
                 tasks.create_task(coroutine, name=name)
@@ -258,6 +262,7 @@ class App:
                     "health": self.health.run(),
                     "systemd": self._notify(),
                     "background": self._background.watch(),
+                    "history": self._keep_history(),
                     **({} if opened else {"journal": self._retry_journal()}),
                 }.items()
             ]
@@ -273,6 +278,7 @@ class App:
         await self.dispatcher.drain(self.settings.state.stop_s)
         await _patiently(self.dispatcher.idle())  # the engine answers within a chunk, or is ended
         await self.engine.close()
+        await _patiently(self._store_history({}))
         # With a full disk these do not end: what they would store is found by the next start.
         await _patiently(self.dispatcher.idle())
         await _patiently(self._background.settle())
@@ -301,6 +307,20 @@ class App:
         if opened.jobs:
             log.info("journal.recovered", jobs=len(opened.jobs), finals=len(opened.pending))
         return True
+
+    async def _keep_history(self) -> None:
+        """Store now and then what the engine's stages cost, for the deadlines of the next start."""
+        stored: dict[str, Any] = {}
+        while True:
+            await asyncio.sleep(HISTORY_S)
+            stored = await self._store_history(stored)
+
+    async def _store_history(self, stored: dict[str, Any]) -> dict[str, Any]:
+        history = self.engine.history()
+        if history != stored:
+            with suppress(JournalUnavailable):  # a loss of comfort, no more
+                await self.journal.put(HISTORY, history)
+        return history
 
     async def _retry_journal(self) -> None:
         while True:
@@ -340,7 +360,7 @@ class App:
             await asyncio.sleep(pause)
 
 
-async def _patiently(event: Awaitable[None]) -> None:
+async def _patiently(event: Awaitable[object]) -> None:
     with suppress(TimeoutError):
         await asyncio.wait_for(event, PATIENCE_S)
 

@@ -150,7 +150,7 @@ class Health:
         self._tell()  # an old will, or nonsense, is retained now instead of the truth
 
     def note_journal(self, note: str | None) -> None:
-        """Note why the journal could not be opened, or that an old one was set aside."""
+        """Note why the journal could not be opened; None: it is open."""
         self._journal_note = note
         self._changed.set()
 
@@ -308,9 +308,15 @@ class Health:
             "limits": identity.limits
             | ({"max_context": engine.max_context, "threads": engine.threads} if engine else {}),
             "topics": identity.topics,
-            "warnings": list(identity.warnings),
+            "warnings": [*identity.warnings, *self._journal_warning()],
         }
         return protocol.encode(body)
+
+    def _journal_warning(self) -> list[str]:
+        reset = self._journal.stats.reset
+        if reset is None:
+            return []
+        return [f"the journal was damaged and set aside, its jobs are lost: {reset}"]
 
     def heartbeat(self) -> dict[str, Any]:
         """Return the heartbeat and count it."""

@@ -10,6 +10,9 @@ Every connection has a fresh paho client and a number, its generation. The sessi
 broker, under the client id; what paho would keep across a connection (publishes to resend, packet
 ids, half-read packets) is what must not survive here: an outbox on disk sends again what was not
 answered, and an ack that crosses a reconnect would acknowledge another message.
+
+Logged as `mqtt.` connected, disconnected, closed, stolen, subscription_refused, unsendable,
+no_retain, farewell_failed, and, where the fault is ours, failed, thread_ended, listener_failed.
 """
 
 from __future__ import annotations
@@ -160,7 +163,7 @@ class MqttBus:
             while network.events:
                 self._handle(network.events.popleft())
             if self._session is not None:
-                self._handle(Disconnected("the network thread ended", True, self._state.stolen))
+                self._handle(Disconnected("the network thread ended", self._state.stolen))
 
     def publish(self, message: Outgoing) -> asyncio.Future[PubAck]:
         """Send at QoS 1; see `ports.Bus.publish`.
@@ -310,7 +313,7 @@ class MqttBus:
                 listener.on_connected(session)
             case Subscribed(refused):
                 listener.on_subscribed(refused)
-            case Disconnected(reason, _, stolen):
+            case Disconnected(reason, stolen):
                 self._session = None
                 self._state = replace(
                     self._state, connected=False, last_reason=reason, stolen=stolen
@@ -511,7 +514,7 @@ class _Network:
                 log.warning("mqtt.disconnected", reason=reason, client_id=self.connection.client_id)
             last_reason = reason
             self.drop_commands()
-            self.events.append(Disconnected(reason, link.connected, self._stolen))
+            self.events.append(Disconnected(reason, self._stolen))
             self.flush()
             self._pause(self._wait_s(attempt, clock=suspect_clock))
 

@@ -65,7 +65,6 @@ class Disconnected:
     """The connection is gone, or an attempt failed."""
 
     reason: str
-    was_connected: bool
     stolen: bool
 
 
@@ -174,7 +173,9 @@ class Link:
         self._connection = network.connection
         self._five = network.connection.protocol == "5"
         self._generation = generation
+        self._client: _Client
         self._wire: Wire | None = None
+        self._packets: deque[Publish | bytes] = deque()  # read and not looked at
         self._session: Session | None = None
         self._connected_at = 0.0
         self._ended_at = 0.0
@@ -192,7 +193,6 @@ class Link:
         self.taken_over = False
         #: The broker closed it in good order and without a word.
         self.dropped = False
-        self._client = self._made()
 
     @property
     def connected(self) -> bool:
@@ -212,6 +212,7 @@ class Link:
         """
         network = self._network
         try:
+            self._client = self._made()
             self._connect()
             next_misc = 0.0
             while self._client.socket() is not None:
@@ -225,7 +226,9 @@ class Link:
         finally:
             self._ended_at = time.monotonic()
             if self._wire is not None:
-                network.taken -= self._wire.reserved
+                network.taken -= self._wire.reserved + sum(
+                    packet.reserved for packet in self._packets if isinstance(packet, Publish)
+                )
                 self._wire.finish(linger_s=1.0 if self._said_goodbye else 0.0)
             network.written += sum(command.size for command in self._held) + self._in_paho
         if network.stopping:
@@ -368,18 +371,20 @@ class Link:
             self._in_paho = 0
 
     def _read(self, wire: Wire) -> None:
-        client = self._client
-        packets = wire.fill()
-        for packet in packets:
+        packets = self._packets
+        packets.extend(wire.fill())
+        while packets:
+            packet = packets[0]
             if isinstance(packet, Publish):
                 self._deliver(packet)
-                continue
-            wire.pass_on(packet)
-            self._let_paho_read(wire)
-            if client.socket() is None:
-                return
+            else:
+                wire.pass_on(packet)
+                self._let_paho_read(wire)
+                if self._client.socket() is None:
+                    return
+            packets.popleft()
         if wire.ended:
-            client.loop_read()
+            self._client.loop_read()
         elif self._session is not None and wire.reassure():
             self._let_paho_read(wire)
 
@@ -395,7 +400,9 @@ class Link:
     def _obey(self) -> None:
         network = self._network
         commands = network.commands
-        while commands and self._in_paho < _IN_PAHO_BYTES:
+        for _ in range(len(commands)):
+            if self._in_paho >= _IN_PAHO_BYTES:
+                break
             command = commands.popleft()
             if isinstance(command, Ack):
                 if command.generation == self._generation:

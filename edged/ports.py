@@ -7,7 +7,7 @@ against both (tests/contract).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -142,7 +142,11 @@ class Bus(Protocol):
     """A connection to a broker that comes back by itself."""
 
     async def run(self, listener: BusListener) -> None:
-        """Connect, and connect again whenever the connection goes, until `close`."""
+        """Connect, and connect again whenever the connection goes, until `close`.
+
+        Cancelled, it drops the connection without a goodbye: the broker publishes the will. A
+        listener that raises is logged and called again at the next event.
+        """
         ...
 
     @property
@@ -165,7 +169,10 @@ class Bus(Protocol):
         ...
 
     def offer(self, message: Outgoing) -> bool:
-        """Send at QoS 0 if the connection is up and not congested; return whether it was sent."""
+        """Send at QoS 0 if the connection is up and not congested; return whether it was sent.
+
+        What `topics.validate_publish` forbids is not sent either; it is logged.
+        """
         ...
 
     def ack(self, receipt: Receipt) -> None:
@@ -177,7 +184,10 @@ class Bus(Protocol):
         ...
 
     async def close(self, farewell: Outgoing | None = None, timeout_s: float = 5.0) -> None:
-        """Publish `farewell` at QoS 1, wait for its answer, disconnect cleanly, end `run`."""
+        """Publish `farewell` at QoS 1, wait for its answer, disconnect cleanly, end `run`.
+
+        A farewell that the broker does not take in `timeout_s` seconds leaves the word to the will.
+        """
         ...
 
 
@@ -349,6 +359,14 @@ class Engine(Protocol):
 
     def stuck(self) -> str | None:
         """Return why the watchdog should no longer be fed on the engine's account, or None."""
+        ...
+
+    def history(self) -> dict[str, Any]:
+        """Return what its stages have cost on this box, as small JSON, to be kept over restarts."""
+        ...
+
+    def recall(self, history: Mapping[str, Any]) -> None:
+        """Take in what `history` returned in an earlier start; called before `run`."""
         ...
 
     async def close(self) -> None:

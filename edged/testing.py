@@ -1,7 +1,9 @@
 """In-memory twins of the outside things, for our tests and for tests of programs around edged.
 
 `MemoryBroker` and `MemoryBus` behave as a broker and `edged.mqtt.MqttBus` do, without a network;
-`ManualClock` is a clock that a test moves. The same contract suite runs against twin and original.
+`ManualClock` is a clock that a test moves. `faulty_command` runs an engine process that breaks as
+its prompts say (`EngineHost(order, command=faulty_command())`, see `edged.engine.faulty`). The same
+contract suite runs against twin and original.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from edged.engine.faulty import FaultBackend, faulty_command
 from edged.errors import BadPublish, ConnectionLost
 from edged.jobs import Stamp
 from edged.mqttconfig import Connection
@@ -29,6 +32,16 @@ from edged.ports import (
     Session,
 )
 from edged.topics import validate_publish
+
+__all__ = [
+    "FaultBackend",
+    "ManualClock",
+    "MemoryBroker",
+    "MemoryBus",
+    "Published",
+    "faulty_command",
+    "matches",
+]
 
 log = structlog.get_logger()
 

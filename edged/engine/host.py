@@ -108,8 +108,9 @@ class EngineHost:
         self._order = order
         self._command = tuple(command or worker_command())
         self._clock = clock
-        self._tick = min(1.0, (limits or Limits()).floor_s / 20)
-        self._deadlines = Deadlines(clock, limits, history)
+        self._limits = limits or Limits()
+        self._tick = min(1.0, self._limits.floor_s / 20)
+        self._deadlines = Deadlines(clock, self._limits, history)
         self._restarts = Restarts(clock, backoff or Backoff(), random_ or random.Random())  # noqa: S311
         self._recycle = recycle or Recycle()
         self._ping_s = ping_s
@@ -161,8 +162,12 @@ class EngineHost:
         return None if self._process is None else self._process.pid
 
     def history(self) -> dict[str, Any]:
-        """Return what the stages have cost on this box, for the next start's `history`."""
+        """Return what the stages have cost on this box, for the next start's `recall`."""
         return self._deadlines.export()
+
+    def recall(self, history: Mapping[str, Any]) -> None:
+        """Take in what `history` returned in an earlier start; call it before `run`."""
+        self._deadlines = Deadlines(self._clock, self._limits, history)
 
     async def wait_ready(self) -> EngineInfo:
         """Wait until a task can be executed."""

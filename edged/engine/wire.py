@@ -133,10 +133,6 @@ class Pipe:
             self._read()
         return self._packets.pop(0) if self._packets else None
 
-    def put_back(self, packet: Packet) -> None:
-        """Keep a message for the next `receive`, behind those that are waiting."""
-        self._packets.append(packet)
-
     def close(self) -> None:
         """Close the socket."""
         with contextlib.suppress(OSError):

@@ -22,7 +22,7 @@ from tests.kit.fakebroker import (
     publish,
 )
 from tests.kit.mosquitto import Authority
-from tests.kit.recorder import FAST, Recorder, running
+from tests.kit.recorder import FAST, Recorder, eventually, running
 
 WILL = Outgoing(topic="out/status", payload=b"lost", qos=1, retain=True)
 
@@ -166,8 +166,13 @@ async def test_what_we_ask_for_at_connect_and_subscribe() -> None:
 # What a broker may write
 
 
+@pytest.mark.parametrize("read_bytes", [16, 64 * 1024])
 @pytest.mark.parametrize("tls", [False, True])
-async def test_many_packets_in_one_write_are_all_delivered(tls: bool, authority: Authority) -> None:
+async def test_many_packets_in_one_write_are_all_delivered(
+    tls: bool, read_bytes: int, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edged.mqttwire._READ_BYTES", read_bytes)
+    monkeypatch.setattr("edged.mqttwire._READ_TURN_BYTES", read_bytes)
     many = b"".join(publish("in/a", b"%d" % number, number) for number in range(1, 9))
     settings: dict[str, Any] = {}
     context = None
@@ -245,6 +250,22 @@ async def test_a_message_larger_than_we_allow_comes_without_payload() -> None:
             assert len(await fake.wait_for(4, 2)) == 2
 
 
+async def test_half_a_message_takes_no_room_once_its_connection_is_gone() -> None:
+    async with FakeBroker() as fake:
+        bus = bus_to(fake, inbound_bytes=100_000)
+        recorder = Recorder(acks=bus)
+        async with running(bus, recorder):
+            for times in (1, 2):
+                await recorder.until_connected(times)
+                fake.write(publish("in/a", bytes(90_000), 1)[:50_000])
+                fake.drop()
+                await recorder.until(lambda: len(recorder.reasons) == times)  # noqa: B023 - at once
+            await recorder.until_connected(3)
+            fake.write(publish("in/a", bytes(90_000), 1))
+            await recorder.until(lambda: recorder.messages)
+            assert recorder.bodies == [bytes(90_000)]
+
+
 async def test_a_message_full_of_properties_does_not_hold_up_the_next() -> None:
     async with FakeBroker() as fake:
         bus = bus_to(fake)
@@ -320,6 +341,21 @@ async def test_the_brokers_keepalive_is_obeyed() -> None:
             assert not recorder.reasons
 
 
+async def test_the_end_is_orderly_although_much_is_unread() -> None:
+    async with FakeBroker() as fake:
+        bus = bus_to(fake, inbound_bytes=1000)
+        recorder = Recorder(acks=bus)
+        async with running(bus, recorder):
+            await recorder.until_connected()
+            for _ in range(200):
+                fake.write(publish("in/a", bytes(100_000), 0, first=0x30))
+            await recorder.until(lambda: recorder.messages)
+            await bus.close()
+        assert len(await fake.wait_for(14)) == 1  # DISCONNECT
+        await eventually(lambda: fake.ends)
+        assert fake.ends == ["eof"]
+
+
 # Backpressure
 
 
@@ -336,9 +372,7 @@ async def test_qos_0_is_refused_while_much_waits_to_be_written() -> None:
             assert sent >= 4
             async with asyncio.timeout(0.9):  # at the network's pace, not at that of any timer
                 await fake.wait_for(3, sent)
-            async with asyncio.timeout(0.9):
-                while not bus.offer(out()):
-                    await asyncio.sleep(0.01)  # the bus does not tell when it can write again
+            await eventually(lambda: bus.offer(out()), 0.9)
             await fake.wait_for(3, sent + 1)
 
 
