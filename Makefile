@@ -13,7 +13,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint bench bench-full lock clean test-tools
+.PHONY: help demo test setup lint bench bench-full docs lock clean test-tools
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ bench: $(READY)  ## measure with the small model
 bench-full: $(READY)  ## measure with a real model: make bench-full MODEL=/path/to/model
 	@test -n "$(MODEL)" || { echo "bench-full: say which model: make bench-full MODEL=/path/to/model" >&2; exit 2; }
 	@$(BIN)/python -m tests.bench --model "$(MODEL)" --full
+
+docs: $(READY)  ## write SETTINGS.md from the code
+	@{ printf '# Settings\n\nWritten by `make docs` from the code; `edged schema config` prints the same.\n\n'; \
+		$(BIN)/edged schema config --format markdown; } > SETTINGS.md
 
 lock: $(READY)  ## choose the newest versions that pyproject.toml allows, write requirements.lock
 	@$(PIP) install --quiet $(UV)

@@ -243,7 +243,7 @@ class Mqtt(_Group):
 
 
 class Client(_Group):
-    """What `edged ask`, `edged top` and `edged bench` connect with; never the daemon's identity."""
+    """What `edged ask` and `edged top` connect with; never the daemon's identity."""
 
     username: Annotated[str, AfterValidator(_client_user)] | None = _setting(
         doc="The user name of the asking side; requests then go to request/…/<username>. Absent: "
