@@ -88,7 +88,9 @@ class App:
             trace=trace,
         )
         self.scheduler = Scheduler(limits.queue, self.speed)
-        self.outbox = Outbox(bus, self.journal, self._background, trace=trace)
+        self.outbox = Outbox(
+            bus, self.journal, self._background, replaced=self.totals.replaced, trace=trace
+        )
         self.dispatcher = Dispatcher(
             engine=engine,
             journal=self.journal,
@@ -246,7 +248,16 @@ class App:
                 await self.journal.close()
         log.info("edged.stopped")
 
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """End the daemon on an exception in a callback: what it left undone, nobody knows."""
+        error = context.get("exception")
+        if error is not None and "handle" in context:
+            self._background.fail(error)
+        else:
+            loop.default_exception_handler(context)
+
     async def _serve(self) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         opened = await self._open_journal()
         if opened and (history := await self.journal.get(HISTORY)) is not None:
             self.engine.recall(history)

@@ -100,7 +100,6 @@ class Intake:
 
     def on_message(self, message: Incoming) -> None:
         """Take a message from a request topic."""
-        self._trace("on_receive")
         if self.stopping and message.qos:
             return  # not ours any more: the broker keeps it for the next start
         slot = _Slot(message)
@@ -108,6 +107,7 @@ class Intake:
         topic = self._topics.parse_request(message.topic)
         sender = _Sender(topic.request if topic else None)
         try:
+            self._trace("on_receive")
             if topic is None:
                 raise Refused(Code.INVALID, "this is no request topic")
             if self._ignored(message):
@@ -122,11 +122,8 @@ class Intake:
                 self._accept(slot, sender, Kind(topic.request), body)
         except Refused as refusal:
             self._refuse(slot, sender, refusal)
-        except Exception:
-            # A bug of ours; left unsettled, this one message would hold up every ack after it.
-            log.exception("request.failed", topic=message.topic, size=message.size)
-            wrong = Refused(Code.INVALID, "edged failed to read this request; its log says why")
-            self._refuse(slot, sender, wrong)
+        except Exception:  # noqa: BLE001 - see `_fail`
+            self._fail(slot, sender)
 
     def on_disconnected(self) -> None:
         """Forget the acks owed: the broker sends those messages again."""
@@ -282,6 +279,10 @@ class Intake:
             self._scheduler.give_up(key.client)
             self._refuse(slot, sender, _no_disk(error))
             return
+        except Exception:  # noqa: BLE001 - see `_fail`
+            self._scheduler.give_up(key.client)
+            self._fail(slot, sender)
+            return
         if isinstance(answer, Known):
             self._scheduler.give_up(key.client)
             self._known(slot, sender, draft, answer)
@@ -303,6 +304,9 @@ class Intake:
             known = future.result()
         except JournalUnavailable as error:
             self._refuse(slot, sender, _no_disk(error))
+            return
+        except Exception:  # noqa: BLE001 - see `_fail`
+            self._fail(slot, sender)
             return
         if known is None:
             self._refuse(slot, sender, full)
@@ -326,6 +330,9 @@ class Intake:
             return
         except JournalUnavailable as error:
             self._refuse(slot, sender, _no_disk(error))
+            return
+        except Exception:  # noqa: BLE001 - see `_fail`
+            self._fail(slot, sender)
             return
         job = self._scheduler.find(draft.key)
         if rows:
@@ -376,6 +383,16 @@ class Intake:
         self._background.spawn(end(), "intake.cancel")
 
     # Refusals
+
+    def _fail(self, slot: _Slot, sender: _Sender) -> None:
+        """Refuse a request on which our own code has just failed.
+
+        Left unsettled, this one message would hold up every ack after it; and if it ended the
+        daemon, it would come again to end the next.
+        """
+        log.exception("request.failed", topic=slot.message.topic, size=slot.message.size)
+        wrong = Refused(Code.INVALID, "edged failed on this request; its log says why")
+        self._refuse(slot, sender, wrong)
 
     def _refuse(self, slot: _Slot, sender: _Sender, refusal: Refused) -> None:
         self._totals.refused += 1

@@ -31,6 +31,11 @@ class Totals:
         """Count a job's end."""
         setattr(self, outcome, getattr(self, outcome) + 1)
 
+    def replaced(self) -> None:
+        """Count a result anew as the error that was put in its place: nobody could be sent it."""
+        self.completed = max(0, self.completed - 1)  # it may be an earlier instance's
+        self.failed += 1
+
 
 class Speed:
     """What recent jobs cost on this box with this model."""

@@ -367,6 +367,7 @@ class _Network:
         self._blocked = False
         self._stolen = False
         self._takeovers: deque[float] = deque(maxlen=patience.stolen_after)
+        self._suspected: float | None = None
         self._woken = False
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_in.setblocking(False)
@@ -520,8 +521,13 @@ class _Network:
 
     def _note_takeover(self, link: Link, lasted: float) -> None:
         now = time.monotonic()
-        # Few brokers say so: mosquitto 2.0.11 just closes the old connection, on MQTT 5, too.
-        if link.taken_over or (link.dropped and lasted < self.patience.soon_s):
+        # Few brokers say so: mosquitto 2.0.11 just closes the old connection, on MQTT 5, too. One
+        # that is going down does the same; but it does not take us back at once.
+        if self._suspected is not None and link.connected:
+            self._takeovers.append(self._suspected)
+        soon = link.dropped and lasted < self.patience.soon_s
+        self._suspected = now if soon else None
+        if link.taken_over:
             self._takeovers.append(now)
         recent = [t for t in self._takeovers if now - t <= self.patience.stolen_within_s]
         if len(recent) >= self.patience.stolen_after and not self._stolen:

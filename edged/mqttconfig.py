@@ -60,7 +60,8 @@ class Patience:
     stolen_after: int = 3
     stolen_within_s: float = 60.0
     stolen_wait_s: float = 30.0
-    #: A broker that closes this soon after connecting, saying nothing, counts as a takeover.
+    #: A broker that closes this soon after connecting, saying nothing, and takes us back at the
+    #: next attempt, counts as a takeover.
     soon_s: float = 5.0
     #: What is asked for the wait before the next attempt. Random, so that a broker that comes back
     #: does not meet all devices at once.

@@ -24,7 +24,7 @@ from edged.tasks import Background
 
 #: Most QoS 1 messages unacknowledged at once, whatever the broker allows.
 WINDOW = 16
-#: Most messages held in memory; the oldest unneeded one goes first.
+#: Most messages held in memory while there is no connection; the oldest unneeded one goes first.
 MAX_HELD = 2000
 #: A row that the broker refused is offered again after this long, seconds.
 DENIED_RETRY_S = 30.0
@@ -55,11 +55,18 @@ class Outbox:
     """The line to the broker; `run` pumps it."""
 
     def __init__(
-        self, bus: Bus, journal: Journal, background: Background, *, trace: Trace = no_trace
+        self,
+        bus: Bus,
+        journal: Journal,
+        background: Background,
+        *,
+        replaced: Callable[[], None] = lambda: None,
+        trace: Trace = no_trace,
     ) -> None:
         self._bus = bus
         self._journal = journal
         self._background = background
+        self._replaced = replaced
         self._trace = trace
         self._line: deque[_Entry] = deque()
         self._sent: dict[_Entry, None] = {}  # unanswered, oldest first
@@ -83,7 +90,7 @@ class Outbox:
         """Send a QoS 1 message that need not survive this process."""
         entry = _Entry(time.monotonic(), message, done=done, session_bound=session_bound)
         self._line.append(entry)
-        if len(self._line) > MAX_HELD:
+        if len(self._line) > MAX_HELD and self._bus.session is None:
             self._forget_one()
         self._stir()
 
@@ -231,6 +238,7 @@ class Outbox:
                 message = f"the result does not fit: {error.message}; ask for fewer tokens"
                 final = protocol.error_event(row.key, Code.TOO_LARGE, message)
                 self.post_rows(await self._journal.replace_final(row.seq, final, Outcome.FAILED))
+                self._replaced()
                 return
             why = error.message
         except JournalUnavailable as unavailable:

@@ -32,10 +32,15 @@ class Background:
             return
         if isinstance(error, EdgedError):
             log.warning("task.failed", task=task.get_name(), reason=error.message)
-        elif self._failed is not None and not self._failed.done():
+        else:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Have `watch` raise this error, of a task or of a callback; the first one wins."""
+        if self._failed is not None and not self._failed.done():
             self._failed.set_exception(error)
         else:
-            raise error
+            log.error("task.failed", reason=repr(error), exc_info=error)
 
     async def watch(self) -> None:
         """Wait for ever, or until a task fails in a way that nobody foresaw; then raise that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.facts["took_s"] = round(time.perf_counter() - began, 1)
     path = options.json or RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}-{model.name}.json"
     report.write(path)
-    print(_summary(report), report.table(), f"written: {path}", sep="\n\n")
+    print(_summary(report), report.table(), _noise(report), f"written: {path}", sep="\n\n")
     for name, why in report.broken.items():
         print(f"BROKEN: {name}: {why}", file=sys.stderr)
     return 1 if report.broken else 0
@@ -100,6 +101,15 @@ def _summary(report: Report) -> str:
             f"edged loads in {model['edged_load_s']:g} s"
         )
     return "\n".join(lines)
+
+
+def _noise(report: Report) -> str:
+    """Say how much of the machine others used meanwhile: with much, the numbers mean little."""
+    shares = ", ".join(
+        f"{name} {statistics.median(values):.0%} (at most {max(values):.0%})"
+        for name, values in report.noise.items()
+    )
+    return f"used by other programs meanwhile, of all cores: {shares or 'not measured'}"
 
 
 if __name__ == "__main__":

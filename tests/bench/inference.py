@@ -20,6 +20,8 @@ from tests.bench.scale import Scale
 SLOW_ENOUGH_S = 0.020
 #: Seconds between two heartbeats here.
 BEAT_S = 1.0
+#: Others' share of the machine below which a comparison counts as undisturbed.
+QUIET = 0.03
 #: Between the two sides of a comparison: a runtime's threads spin for a moment after their work.
 SETTLE_S = 0.1
 
@@ -47,7 +49,9 @@ class Bench:
     prefill_token_s: float = 0.0
     clients: int = 0
     other_answers: int = 0
-    uses: list[dict[str, Any]] = field(default_factory=list)
+    uses: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    #: The measurement that is being made.
+    now: str = ""
 
     def fresh_client(self) -> str:
         """Return a client that nobody has been: it shares no prefix with anyone."""
@@ -62,18 +66,26 @@ class Bench:
     def bare_run(self, messages: list[dict[str, str]], tokens: int) -> Ran:
         """Run the bare loop."""
         ids = self.bare.encode(messages)
-        time.sleep(SETTLE_S)
-        return self.bare.run(ids, tokens)
+        with self._metered():
+            return self.bare.run(ids, tokens)
 
     def edged_run(self, client: str, **body: Any) -> Trail:
         """Ask edged."""
+        with self._metered():
+            return self.asker.ask(self.daemon, client, **body)
+
+    @contextlib.contextmanager
+    def _metered(self) -> Iterator[None]:
         time.sleep(SETTLE_S)
         engine = self.daemon.engine_pid
         pids = {"daemon": self.daemon.pid, "broker": self.broker_pid, "bare": self.bare.pid}
         with Meter(pids | ({"engine": engine} if engine else {})) as meter:
-            trail = self.asker.ask(self.daemon, client, **body)
-        self.uses.append(meter.use.as_dict())
-        return trail
+            yield
+        self.uses.setdefault(self.now, []).append(meter.use.as_dict())
+
+    def undisturbed(self) -> bool:
+        """Return whether others left the machine alone during the last two runs."""
+        return all(use["others"] < QUIET for use in self.uses[self.now][-2:])
 
     def both(self, n: int, prompt: str, tokens: int) -> tuple[Ran, Trail]:
         """Do the same work on both sides, the first one in turns."""
@@ -148,10 +160,13 @@ def _bench(folder: Path, model: Path, scale: Scale, report: Report) -> Iterator[
                 "answers_that_differ": bench.other_answers,
                 "use": bench.uses,
             }
+            for name, uses in bench.uses.items():
+                report.noise[name] = [use["others"] for use in uses]
 
 
 def _calibrate(bench: Bench) -> None:
     """Touch every page on both sides once, and find out how fast the model is."""
+    bench.now = "calibration"
     tokens = min(128, bench.context // 2)
     messages = [{"role": "user", "content": bench.text(0, tokens)}]
     bench.bare_run(messages, 4)
@@ -169,6 +184,7 @@ def inference(
         for name, measure in MEASURES.items():
             if not only or name in only:
                 print(f"{name} …", flush=True)
+                bench.now = name
                 measure(bench)
 
 
@@ -177,7 +193,7 @@ def decode(bench: Bench) -> None:
     scale = bench.scale
     low, high = scale.decode_tokens
     tokens = max(low, min(high, int(scale.decode_s / bench.token_s)))
-    ratios, to_last_chunk, edged, bare = [], [], [], []
+    ratios, undisturbed, to_last_chunk, edged, bare = [], [], [], [], []
     for n in range(scale.decode_runs):
         ran, trail = bench.both(n, bench.text(n, 24), tokens)
         made = trail.final["usage"]["completion_tokens"]
@@ -187,23 +203,34 @@ def decode(bench: Bench) -> None:
         edged.append(1 / ours)
         bare.append(1 / ran.token_s)
         ratios.append(ran.token_s / ours)
+        if bench.undisturbed():
+            undisturbed.append(ratios[-1])
         to_last_chunk.append(ran.token_s * after / (trail.last_chunk_s - first))
     bench.report.rows += [
         Row(key="a", what=f"decoding {tokens} tokens over MQTT, first chunk to result / bare loop",
             values=ratios, goal=Goal(">=", 0.97), exempt=bench.exempt),
+        *_quiet_pairs(undisturbed),
         Row(key="", what="  to the last chunk / bare loop", values=to_last_chunk),
+        Row(key="", what="  best run / best run", values=[max(edged) / max(bare)]),
         Row(key="", what="  over MQTT", values=edged, unit="tokens/s"),
         Row(key="", what="  bare loop", values=bare, unit="tokens/s"),
     ]  # fmt: skip
 
 
+def _quiet_pairs(values: list[float], unit: str = "") -> list[Row]:
+    what = f"  the same, pairs with others below {QUIET:.0%} of the machine"
+    return [Row(key="", what=what, values=values, unit=unit)] if values else []
+
+
 def first_chunk(bench: Bench) -> None:
     """(b) From publish to the first chunk, less what the bare loop needs to its first text."""
-    extra, engine, accepted, started, bare = [], [], [], [], []
+    extra, undisturbed, engine, accepted, started, bare = [], [], [], [], [], []
     for n in range(bench.scale.first_runs):
         ran, trail = bench.both(n, f"{n} {_WORDS[n % len(_WORDS)]}", 4)
         chunk = trail.first("chunk")
         extra.append(1e3 * (chunk - ran.first_s))
+        if bench.undisturbed():
+            undisturbed.append(extra[-1])
         engine.append(trail.final["timings"]["ttft_ms"] - 1e3 * ran.first_s)
         accepted.append(1e3 * trail.first("accepted"))
         started.append(1e3 * trail.first("started"))
@@ -212,6 +239,7 @@ def first_chunk(bench: Bench) -> None:
     bench.report.rows += [
         Row(key="b", what="publish to first chunk, less the bare loop's first text", values=extra,
             unit="ms", goal=Goal("<=", 15), exempt=bench.exempt),
+        *_quiet_pairs(undisturbed, "ms"),
         Row(key="", what="  of it in the engine process, by its clock", values=engine, unit="ms"),
         Row(key="", what="  of it outside the engine process", values=path, unit="ms"),
         Row(key="", what="  publish to accepted", values=accepted, unit="ms"),
@@ -246,7 +274,7 @@ def heartbeat(bench: Bench) -> None:
     """(c) The longest pause between heartbeats while a long prompt is computed."""
     wanted = int(bench.scale.prefill_s / bench.prefill_token_s)
     tokens = max(32, min(wanted, bench.context - 32))
-    gaps, seconds = [], []
+    gaps, by_daemon, seconds = [], [], []
     for n in range(bench.scale.prefill_runs):
         prompt = bench.text(200 + n, tokens)
         bench.asker.wait_beats(2, bench.daemon)
@@ -255,12 +283,14 @@ def heartbeat(bench: Bench) -> None:
         began = trail.published + trail.first("started")
         ended = trail.published + trail.first("chunk")
         # every pause of which a part lies in the prefill
-        around = [b - a for a, b in pairwise(bench.asker.beats) if b >= began and a <= ended]
-        gaps.append(max(around) / BEAT_S)
+        around = [(a, b) for a, b in pairwise(bench.asker.beats) if b.at >= began and a.at <= ended]
+        gaps.append(max(b.at - a.at for a, b in around) / BEAT_S)
+        by_daemon.append(max(b.body["ts"] - a.body["ts"] for a, b in around) / BEAT_S)
         seconds.append(trail.final["timings"]["prefill_ms"] / 1e3)
     bench.report.rows += [
         Row(key="c", what="longest pause between heartbeats in a long prefill / their interval",
             values=gaps, goal=Goal("<=", 1.1), worst=True, exempt=bench.exempt),
+        Row(key="", what="  by the daemon's own clock", values=by_daemon, worst=True),
         Row(key="", what=f"  that prefill, {tokens} tokens", values=seconds, unit="s"),
     ]  # fmt: skip
 

@@ -81,6 +81,8 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     #: What is of interest beside the rows, by the measurement's name.
     details: dict[str, Any] = field(default_factory=dict)
+    #: Of the machine, used by programs that are not part of it, by the measurement's name.
+    noise: dict[str, Sequence[float]] = field(default_factory=dict)
     #: Measurements that could not be made, and why.
     broken: dict[str, str] = field(default_factory=dict)
 
@@ -104,6 +106,7 @@ class Report:
         body = {
             "facts": self.facts,
             "rows": [row.as_dict() for row in self.rows],
+            "noise": {name: list(shares) for name, shares in self.noise.items()},
             "details": self.details,
             "broken": self.broken,
         }

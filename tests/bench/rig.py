@@ -162,8 +162,7 @@ class Asker:
         self._numbers = itertools.count(1)
         self._events: dict[str, list[Event]] = {}
         self._retained: dict[str, dict[str, Any]] = {}
-        #: When heartbeats arrived.
-        self.beats: list[float] = []
+        self.beats: list[Event] = []
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id="asker", protocol=MQTTProtocolVersion.MQTTv5
         )
@@ -210,7 +209,7 @@ class Asker:
             else:
                 self._retained[kind] = json.loads(message.payload)
                 if kind == "health":
-                    self.beats.append(now)
+                    self.beats.append(Event(now, self._retained[kind]))
             self._news.notify_all()
 
     def _wait(self, what: str, true: Callable[[], bool], daemon: Daemon, seconds: float) -> None:

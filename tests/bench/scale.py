@@ -26,7 +26,7 @@ class Scale:
 
 
 SMALL = Scale()
-FULL = Scale(decode_runs=7, decode_s=8.0, decode_tokens=(32, 160), first_runs=25, reuse_runs=3)
+FULL = Scale(decode_runs=25, decode_s=1.5, decode_tokens=(32, 128), first_runs=31, reuse_runs=3)
 #: Whether it runs at all.
 SMOKE = Scale(
     decode_runs=1, decode_s=0.1, decode_tokens=(8, 8), first_runs=1, reuse_runs=1,

@@ -38,6 +38,7 @@ def intake(folder: Path, scale: Scale, report: Report) -> None:
         worst.append(1e3 * outcome.latencies[int(len(outcome.latencies) * 0.99)])
         runs.append({"rate": rate, "disk_before": before, "disk_after": after, **facts})
     report.details["intake"] = {"submitters": SUBMITTERS, "window": WINDOW, "runs": runs}
+    report.noise["intake"] = [run["use"]["others"] for run in runs]
     shares = runs[-1]["use"]["cores"]
     note = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "bench")
     report.rows += [
@@ -62,11 +63,11 @@ def _flood_once(place: Path, scale: Scale) -> tuple[Outcome, dict[str, Any]]:
     with (
         broker(place / "broker") as mosquitto,
         Daemon(place, mosquitto.port, faulty=True, limits=limits) as daemon,
-        Asker(mosquitto.port) as asker,
     ):
-        asker.wait_ready(daemon)
-        plug, _ = asker.send("plug", prompt="!sleep 600")
-        asker.wait_for(plug, "started", daemon)
+        with Asker(mosquitto.port) as asker:
+            asker.wait_ready(daemon)
+            plug, _ = asker.send("plug", prompt="!sleep 600")
+            asker.wait_for(plug, "started", daemon)
         pid = daemon.pid
         order = Order(
             port=mosquitto.port, root=TOPICS, submitters=SUBMITTERS, window=WINDOW,

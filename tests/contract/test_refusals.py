@@ -62,12 +62,17 @@ NOT_JSON: dict[str, bytes] = {
     "comment": b'{"prompt":"x"} // why',
     "single quotes": b"{'prompt':'x'}",
     "deep": b"[" * 100_000,
-    "deep object": b'{"a":' * 50_000,
+    "deep object": b'{"a":' * 30_000,
     "deep and closed": b'{"prompt":"x","stop":' + b"[" * 5000 + b"]" * 5000 + b"}",
     "just too deep": b'{"prompt":"x","stop":' + b"[" * 40 + b"]" * 40 + b"}",
     "many values": b'{"prompt":"x","stop":[' + b"[]," * 60_000 + b"[]]}",
     "many numbers": b'{"prompt":"x","stop":[' + b"1," * 90_000 + b"1]}",
     "many keys": json.dumps({f"k{n}": 0 for n in range(15_000)}).encode(),
+    "a duplicate after many": b"{"
+    + b",".join(b'"k%d":0' % min(n, 8998) for n in range(9000))
+    + b"}",
+    "escaped quotes without an end": b'{"prompt":"' + b'\\"' * 60_000,
+    "quotes": b'"' * 100_001,
     "array": b'["prompt"]',
     "string": b'"prompt"',
     "number": b"7",
@@ -95,6 +100,15 @@ NOT_JSON: dict[str, bytes] = {
     "an image": b"\xff\xd8\xff\xe0" + bytes(1000),
 }
 
+#: JSON, and wrong in very many ways.
+MANY_FAULTS: dict[str, bytes] = {
+    "many wrong keys": json.dumps({f"k{n}": 0 for n in range(9000)}).encode(),
+    "many wrong messages": json.dumps({"messages": [{"role": 7}] * 4000}).encode(),
+    "many wrong parts": json.dumps(
+        {"messages": [{"role": "user", "content": [1] * 9000}]}
+    ).encode(),
+}
+
 
 @pytest.mark.parametrize("topic", ["request/text", "request/vision", "request/cancel"])
 def test_what_is_no_json_is_refused(observer: Observer, topic: str) -> None:
@@ -110,17 +124,19 @@ def test_what_is_no_json_is_refused(observer: Observer, topic: str) -> None:
 
 
 @pytest.mark.usefixtures("busy")
-@pytest.mark.parametrize("what", NOT_JSON)
+@pytest.mark.parametrize("what", NOT_JSON | MANY_FAULTS)
 def test_a_refusal_takes_milliseconds_while_the_engine_works(observer: Observer, what: str) -> None:
-    tries = []
+    payload = (NOT_JSON | MANY_FAULTS)[what]
+    tries: list[float] = []
     while not tries or (tries[-1] >= 0.05 and len(tries) < 4):  # a loaded machine is no slow edged
-        tries.append(took_s(observer, refused(observer, NOT_JSON[what])))
+        tries.append(took_s(observer, refused(observer, payload)))
 
     assert min(tries) < 0.05
 
 
 # Fields -------------------------------------------------------------------------------------------
 
+SCHEMA: Body = {"json_schema": {"schema": {}}}
 WRONG: list[tuple[Body, str]] = [
     ({}, "prompt"),
     ({"prompt": ""}, "prompt"),
@@ -161,7 +177,7 @@ WRONG: list[tuple[Body, str]] = [
     ({"prompt": "x", "response_format": "json"}, "response_format"),
     ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
     ({"prompt": "x", "response_format": {"type": "json_schema"}}, "json_schema"),
-    ({"prompt": "x", "response_format": {"type": "text", "json_schema": {"schema": {}}}}, "json_schema"),
+    ({"prompt": "x", "response_format": {"type": "text", **SCHEMA}}, "json_schema"),
     ({"prompt": "x", "response_format": {"type": "json_schema", "json_schema": {}}}, "schema"),
     ({"prompt": "x", "stream": "yes"}, "stream"),
     ({"prompt": "x", "stream": 1}, "stream"),
@@ -189,7 +205,9 @@ def test_a_wrong_field_is_named(observer: Observer, body: Body, field: str) -> N
     assert refusal.topic == "edged/box/response/wrong"
 
 
-@pytest.mark.parametrize("name", ["max_token", "Prompt", "questions", "frames", "detail", "tools", "ü\n"])
+@pytest.mark.parametrize(
+    "name", ["max_token", "Prompt", "questions", "frames", "detail", "tools", "ü\n"]
+)
 def test_an_unknown_field_is_refused_by_name(observer: Observer, name: str) -> None:
     refusal = refused(observer, {"id": "unknown", "prompt": "x", name: 1}).body
 
@@ -207,7 +225,7 @@ def test_a_malformed_id_is_refused_and_never_repeated(observer: Observer, name: 
     assert refusal.topic == "edged/box/refused"
 
 
-@pytest.mark.parametrize("name", ["a b", "ä", "x" * 65, "a.b", "$SYS", "", "x\ny"])
+@pytest.mark.parametrize("name", ["a b", "ä", "x" * 65, "a.b", "$SYS", ""])
 def test_a_client_of_another_shape_is_refused(observer: Observer, name: str) -> None:
     refusal = refused(observer, {"id": "one", "prompt": "x"}, f"request/text/{name}")
 

@@ -81,13 +81,15 @@ def test_a_killed_engine_with_a_model_costs_one_attempt(
         daemon.wait_ready()
         engine = daemon.engine_pid
         os.kill(engine, signal.SIGSTOP)  # from here on it moves only as far as it is let
-        prompt = "word " * 2500
+        prompt = "word " * 500
         name = observer.ask(prompt if stage == "prefill" else "go on", max_tokens=1000)
         observer.event(name, "started")
         kind = "progress" if stage == "prefill" else "chunk"
+        until = time.monotonic() + 30
         while not observer.events(name, kind):
             os.kill(engine, signal.SIGCONT)
             os.kill(engine, signal.SIGSTOP)
+            assert time.monotonic() < until
         os.kill(engine, signal.SIGKILL)
         assert observer.final(name)["attempt"] == 2
         observer.check()
@@ -148,7 +150,6 @@ def test_jobs_wait_for_an_engine_that_cannot_load(
         names = [observer.ask("!say at last") for _ in range(3)]
         for name in names:
             observer.event(name, "accepted")
-        event = "engine.died" if "crash" in daemon.log("engine.died") else None
         event = "engine.load_failed" if daemon.log("engine.load_failed") else "engine.died"
         daemon.wait_log(event, count=3)
         pauses = [line["again_in_s"] for line in daemon.log(event)]

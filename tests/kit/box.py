@@ -68,6 +68,9 @@ def serve(
         Daemon(directory, broker.port, engine=engine, settings=settings, options=options) as daemon,
     ):
         daemon.wait_ready()
-        yield Box(broker, daemon, protocol)
+        box = Box(broker, daemon, protocol)
+        with box.observer() as observer:
+            observer.wait_status("ready")
+        yield box
         assert daemon.stop() == 0
         assert daemon.faults() == []

@@ -72,7 +72,8 @@ class ChaosProxy:
         """End all connections with an RST."""
         for task, sockets in list(self._pairs.items()):
             for sock in sockets:
-                _arm_reset(sock)
+                if sock.fileno() >= 0:  # it has not just ended by itself
+                    _arm_reset(sock)
             task.cancel()
 
     def blackhole(self, *ways: Way) -> None:
@@ -94,7 +95,11 @@ class ChaosProxy:
             self.accepted += 1
             task = asyncio.create_task(self._serve(client), name="chaos.connection")
             self._pairs[task] = (client,)
-            task.add_done_callback(lambda done: self._pairs.pop(done, None))
+            task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        for sock in self._pairs.pop(task, ()):  # a task that was cancelled before it began
+            sock.close()
 
     async def _serve(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -63,6 +63,7 @@ class Peer:
         if username is not None:
             self._client.username_pw_set(username, password)
         self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
         self._client.on_subscribe = self._on_subscribe
         self._client.on_message = self._on_message
         self._host, self._port = host, port
@@ -74,7 +75,7 @@ class Peer:
             self._host, self._port, keepalive=60, clean_start=False, properties=properties
         )
         self._client.loop_start()
-        assert self._subscribed.wait(PATIENCE_S), "the observer could not subscribe"
+        self.wait_connected()
         return self
 
     def __exit__(
@@ -91,6 +92,13 @@ class Peer:
             client.subscribe([(name, self._qos) for name in self._filters])
         else:
             self._subscribed.set()
+
+    def _on_disconnect(self, *_: Any) -> None:
+        self._subscribed.clear()
+
+    def wait_connected(self) -> None:
+        """Wait until it is back after the broker was away."""
+        assert self._subscribed.wait(PATIENCE_S), "the observer could not come back"
 
     def _on_subscribe(self, *_: Any) -> None:
         self._subscribed.set()

@@ -57,6 +57,8 @@ class FakeBroker:
     #: (first byte, body) of every packet that came, over all connections.
     packets: list[tuple[int, bytes]] = field(default_factory=list)
     connections: int = 0
+    #: How each connection ended: "eof" or "reset".
+    ends: list[str] = field(default_factory=list)
     port: int = 0
 
     async def __aenter__(self) -> Self:
@@ -121,8 +123,10 @@ class FakeBroker:
                 async with self._news:
                     self.packets.append((first, body))
                     self._news.notify_all()
-        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError):
-            pass
+        except asyncio.IncompleteReadError:
+            self.ends.append("eof")
+        except (ConnectionError, ssl.SSLError):
+            self.ends.append("reset")
         finally:
             self._tasks.discard(task)
             writer.close()

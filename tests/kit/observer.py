@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import re
+import socket
 import threading
 import time
 import uuid
@@ -106,7 +107,7 @@ class Seen:
         """The payload as a JSON object; {} if it is none."""
         try:
             body = json.loads(self.payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return body if isinstance(body, dict) else {}
 
@@ -181,6 +182,8 @@ class Observer:
         self.seen: list[Seen] = []
         #: Requests of others that were sent where we could not see them (QoS 0 while away).
         self.expected: set[Name] = set()
+        #: How often the broker has confirmed the subscriptions.
+        self.subscriptions = 0
         self._five = protocol == "5"
         self._host, self._port = host, port
         self._receive_maximum = receive_maximum
@@ -192,6 +195,7 @@ class Observer:
         self._filters = [*filters] if only else [f"{root}/#", f"{self.base}/reply/#", *filters]
         self._news = threading.Condition()
         self._count = 0  # of news
+        self._numbers = itertools.count()
         self._rest = threading.Event()  # never set
         self._subscribed = threading.Event()
         self._client = client = paho.Client(
@@ -207,6 +211,7 @@ class Observer:
             client.tls_set(ca)
         if username is not None:
             client.username_pw_set(username, password)
+        client.on_socket_open = _send_at_once
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
@@ -270,6 +275,10 @@ class Observer:
 
     def _on_subscribe(self, *_: Any) -> None:
         self._subscribed.set()
+        with self._news:
+            self.subscriptions += 1
+            self._count += 1
+            self._news.notify_all()
 
     def _on_publish(self, _client: paho.Client, _data: Any, mid: int, reason: Any, _p: Any) -> None:
         with self._news:
@@ -284,7 +293,7 @@ class Observer:
                 self._unacked.append((message.mid, message.qos))
             self.seen.append(
                 Seen(
-                    number=len(self.seen),
+                    number=next(self._numbers),
                     at=time.monotonic(),
                     topic=message.topic,
                     payload=bytes(message.payload),
@@ -460,11 +469,18 @@ class Observer:
             "status", lambda body: body.get("state") == state, after=after, timeout_s=timeout_s
         )
 
+    def forget(self, name: Name) -> None:
+        """Judge nothing of this job: its id was used for another when its final was gone."""
+        gone = {each.number for each in self.events(name)}
+        gone |= {each.seen.number for each in self.requests() if each.name == name}
+        with self._news:
+            self.seen = [each for each in self.seen if each.number not in gone]
+
     @property
     def last(self) -> int:
         """The number of the newest message; -1 before the first."""
         with self._news:
-            return len(self.seen) - 1
+            return self.seen[-1].number if self.seen else -1
 
     # The oracle
 
@@ -602,6 +618,11 @@ class Observer:
             payload = each.payload[:160].decode(errors="replace")
             when = f"{each.number:4} {each.at - start:7.3f}"
             yield f"{when} q{each.qos}{flags} {each.topic} {payload}"
+
+
+def _send_at_once(_client: paho.Client, _data: Any, sock: Any) -> None:
+    """Turn Nagle's algorithm off: paho's own delays would be taken for edged's."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 # One event ----------------------------------------------------------------------------------------

@@ -76,6 +76,13 @@ class Recorder:
         await self.until(lambda: len(self.subscribed) >= times, timeout_s)
 
 
+async def eventually(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
+    """Wait for what nothing announces, by looking again and again."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+
+
 async def either(*waits: Coroutine[Any, Any, None]) -> None:
     """Wait until one of these is over."""
     tasks = [asyncio.create_task(wait) for wait in waits]

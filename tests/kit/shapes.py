@@ -94,8 +94,16 @@ _STATUS: dict[str, Check] = {
     "interval_s": number,
 }
 _LIMITS = (
-    "queue payload_mb frames max_tokens journal_mb memory_mb results results_s packet_bytes"
-).split()
+    "queue",
+    "payload_mb",
+    "frames",
+    "max_tokens",
+    "journal_mb",
+    "memory_mb",
+    "results",
+    "results_s",
+    "packet_bytes",
+)
 _INFO: dict[str, Check] = {
     "v": _version,
     "instance": _instance,
@@ -105,8 +113,10 @@ _INFO: dict[str, Check] = {
     "provider": lambda value: value in {None, "cpu", "cuda"},
     "memory": maybe(lambda value: isinstance(value, dict) and all(map(number, value.values()))),
     "capabilities": table({"text": flag, "vision": flag, "json_schema": flag}),
-    "limits": lambda value: isinstance(value, dict)
-    and all(name in value and maybe(number)(value[name]) for name in _LIMITS),
+    "limits": lambda value: (
+        isinstance(value, dict)
+        and all(name in value and maybe(number)(value[name]) for name in _LIMITS)
+    ),
     "topics": lambda value: isinstance(value, dict) and bool(value),
     "warnings": each(text),
 }
