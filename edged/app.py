@@ -285,7 +285,8 @@ class App:
     async def _shut_down(self) -> None:
         log.info("edged.stopping", running=self.dispatcher.current is not None)
         self._notifier.stopping()
-        self.intake.stopping = self.health.stopping = True
+        self.intake.stopping = True
+        self.health.stop()
         await self.dispatcher.drain(self.settings.state.stop_s)
         await _patiently(self.dispatcher.idle())  # the engine answers within a chunk, or is ended
         await self.engine.close()

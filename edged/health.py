@@ -149,6 +149,11 @@ class Health:
             return  # the next beat says ours; two that answered each other would never stop
         self._tell()  # an old will, or nonsense, is retained now instead of the truth
 
+    def stop(self) -> None:
+        """Say `stopping` from now on."""
+        self.stopping = True
+        self._changed.set()
+
     def note_journal(self, note: str | None) -> None:
         """Note why the journal could not be opened; None: it is open."""
         self._journal_note = note

@@ -72,9 +72,9 @@ MAX_REPLIES = 8
 
 
 def joined(replies: tuple[Reply, ...], reply: Reply) -> tuple[Reply, ...]:
-    """Return the replies with another one; of a topic, and of too many, the newest are kept."""
-    others = tuple(each for each in replies if each.topic != reply.topic)
-    return (*others, reply)[-MAX_REPLIES:]
+    """Return the replies with another one: the newest of a topic; of too many, the first stays."""
+    every = (*(each for each in replies if each.topic != reply.topic), reply)
+    return every if len(every) <= MAX_REPLIES else (every[0], *every[2:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,10 @@ class Speed:
     def snapshot(self) -> dict[str, float | None]:
         """Return the heartbeat's `speed`."""
         prefill = self._per("prefill_s", "prompt_tokens")
-        ttft, tokens = self._median("ttft_ms"), self._median("tokens_per_second")
+        ttft = self._median("ttft_ms")
+        # an answer of one token has no speed
+        speeds = [run["tokens_per_second"] for run in self._runs if run["tokens_per_second"]]
+        tokens = median(speeds) if speeds else None
         return {
             "ttft_ms_p50": None if ttft is None else round(ttft, 1),
             "prefill_tokens_per_second": round(1 / prefill, 2) if prefill else None,

@@ -188,7 +188,8 @@ async def test_a_connection_cut_after_any_byte_costs_duplicates_at_most(
             accepted = proxy.accepted
             proxy.reset()
             async with asyncio.timeout(20):
-                while proxy.accepted < accepted + 2:  # that one was cut, the next has begun
+                # that one was cut, the next has begun
+                while proxy.accepted < accepted + 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
         proxy.cut_after = None
         proxy.reset()
@@ -437,7 +438,7 @@ def test_two_with_one_client_id_notice_it_and_do_nothing_twice(
     directories = [tmp_path / "one", tmp_path / "two"]
     for each in directories:
         each.mkdir()
-    options = ("--reconnect", "0.1", "--stolen-wait", "3")
+    options = ("--reconnect", "0.1", "--stolen-wait", "1.5")
     with Daemon(directories[0], broker.port, options=options) as one:
         one.wait_ready()
         before = [observer.ask("!say before") for _ in range(3)]

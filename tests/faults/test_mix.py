@@ -15,7 +15,7 @@ from tests.kit.daemon import Daemon
 from tests.kit.observer import Name, Observer
 
 SEED = int(os.environ.get("EDGED_TEST_SEED") or random.SystemRandom().randrange(2**32))
-SECONDS = float(os.environ.get("EDGED_TEST_MIX_S") or 15)
+SECONDS = float(os.environ.get("EDGED_TEST_MIX_S") or 12)
 
 _SCRIPTS = (
     "!say {n}",
