@@ -32,7 +32,7 @@ DENIED_RETRY_S = 30.0
 SUSPICIOUS_S = 2.0
 #: So many suspicions and a row is set aside for PARK_S seconds, for the others' sake.
 MAX_STRIKES = 3
-PARK_S = 300.0
+PARK_S = 60.0
 
 log = structlog.get_logger()
 

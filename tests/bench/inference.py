@@ -83,6 +83,10 @@ class Bench:
             yield
         self.uses.setdefault(self.now, []).append(meter.use.as_dict())
 
+    def enough(self, n: int, began: float) -> bool:
+        """Return whether repetition `n` (from 0) should not be made any more."""
+        return n >= 3 and time.perf_counter() - began > self.scale.most_s
+
     def undisturbed(self) -> bool:
         """Return whether others left the machine alone during the last two runs."""
         return all(use["others"] < QUIET for use in self.uses[self.now][-2:])
@@ -194,7 +198,10 @@ def decode(bench: Bench) -> None:
     low, high = scale.decode_tokens
     tokens = max(low, min(high, int(scale.decode_s / bench.token_s)))
     ratios, undisturbed, to_last_chunk, edged, bare = [], [], [], [], []
+    began = time.perf_counter()
     for n in range(scale.decode_runs):
+        if bench.enough(n, began):
+            break
         ran, trail = bench.both(n, bench.text(n, 24), tokens)
         made = trail.final["usage"]["completion_tokens"]
         first = trail.first("chunk")
@@ -225,7 +232,10 @@ def _quiet_pairs(values: list[float], unit: str = "") -> list[Row]:
 def first_chunk(bench: Bench) -> None:
     """(b) From publish to the first chunk, less what the bare loop needs to its first text."""
     extra, undisturbed, engine, accepted, started, bare = [], [], [], [], [], []
+    began = time.perf_counter()
     for n in range(bench.scale.first_runs):
+        if bench.enough(n, began):
+            break
         ran, trail = bench.both(n, f"{n} {_WORDS[n % len(_WORDS)]}", 4)
         chunk = trail.first("chunk")
         extra.append(1e3 * (chunk - ran.first_s))

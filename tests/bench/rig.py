@@ -46,7 +46,7 @@ def broker(folder: Path, config: str = BROKER) -> Iterator[Mosquitto]:
 
 
 class Daemon:
-    """edged, in a process of its own."""
+    """edged, in a process of its own: `edged run`, or the same with the engine without a model."""
 
     def __init__(self, folder: Path, port: int, *, faulty: bool = False, **groups: Any) -> None:
         self.folder = folder
@@ -76,12 +76,12 @@ class Daemon:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "settings.json"
-        path.write_text(json.dumps(self._settings))
-        faulty = ["--faulty"] if self._faulty else []
+        path = self.folder / "edged.toml"
+        path.write_text(_toml(self._settings))
+        module = "tests.bench.faulty_daemon" if self._faulty else "edged"
         with (self.folder / "daemon.log").open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.bench.daemon", str(path), *faulty],
+                [sys.executable, "-m", module, "run", "--config", str(path)],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -114,6 +114,19 @@ class Daemon:
         assert self._process is not None
         if self._process.poll() is not None:
             raise RuntimeError(f"the daemon has ended:\n{self.log[-4000:]}")
+
+
+def _toml(settings: dict[str, Any]) -> str:
+    """Return settings as TOML, which writes texts, numbers and truth as JSON does."""
+    lines = []
+    groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    for name, value in settings.items():
+        if name not in groups:
+            lines.append(f"{name} = {json.dumps(value)}")
+    for name, group in groups.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in group.items()]
+    return "\n".join([*lines, ""])
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ class Scale:
     flood_runs: int = 3
     flood_s: float = 8.0
     disk_s: float = 1.0
+    #: Repetitions end after this many seconds, if there are three: for a machine that is busy.
+    most_s: float = 300.0
     rest_s: float = 30.0
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edged import selftest
 from tests.bench.flood import Flood, Order, Outcome
 from tests.bench.machine import Meter, commits, cpu_s, fdatasyncs, memory_mb, threads_cpu_s
 from tests.bench.report import Goal, Report, Row
@@ -120,11 +121,11 @@ def rest(folder: Path, scale: Scale, report: Report) -> None:
     place = folder / "rest"
     with (
         broker(place / "broker") as mosquitto,
-        Daemon(place, mosquitto.port, faulty=True) as daemon,
+        Daemon(place, mosquitto.port, model={"path": str(selftest.model_dir())}) as daemon,
     ):
         with Asker(mosquitto.port) as asker:
             asker.wait_ready(daemon)
-            asker.ask(daemon, "bench", prompt="a job that has run")
+            asker.ask(daemon, "bench", prompt="a job that has run", max_tokens=16)
         pid = daemon.pid
         threads, before, began = threads_cpu_s(pid), cpu_s(pid), time.perf_counter()
         time.sleep(scale.rest_s)  # the window that is measured

@@ -82,7 +82,10 @@ def test_a_killed_engine_with_a_model_costs_one_attempt(
         engine = daemon.engine_pid
         os.kill(engine, signal.SIGSTOP)  # from here on it moves only as far as it is let
         prompt = "word " * 500
-        name = observer.ask(prompt if stage == "prefill" else "go on", max_tokens=1000)
+        # An answer that cannot be short: the small model says little of its own.
+        schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 700, "maxItems": 700}
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema}}
+        name = observer.ask(prompt if stage == "prefill" else "go on", response_format=wanted)
         observer.event(name, "started")
         kind = "progress" if stage == "prefill" else "chunk"
         until = time.monotonic() + 30
