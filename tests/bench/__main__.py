@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     model = (options.model or selftest.model_dir()).resolve()
     scale = SMOKE if options.smoke else FULL if options.full else SMALL
+    signal.signal(signal.SIGTERM, _on_stop)  # so that nothing is left running
     began = time.perf_counter()
     report = measure(model, scale, only=only)
     report.facts["took_s"] = round(time.perf_counter() - began, 1)
@@ -85,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, why in report.broken.items():
         print(f"BROKEN: {name}: {why}", file=sys.stderr)
     return 1 if report.broken else 0
+
+
+def _on_stop(number: int, _frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _summary(report: Report) -> str:
