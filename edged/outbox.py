@@ -164,12 +164,16 @@ class Outbox:
             await self._wake.wait()
             self._wake.clear()
             while self._line and self._room():
-                entry = self._line.popleft()
+                entry = self._line[0]  # stays first in line while its row is read
                 try:
                     message = entry.message or await self._load(entry)
                 except JournalUnavailable as error:
+                    self._line.remove(entry)
                     self._hold(entry, error.message, DENIED_RETRY_S)
                     continue
+                if self._line[0] is not entry or not self._room():
+                    continue  # the connection changed meanwhile, and the line with it
+                self._line.popleft()
                 if message is not None:
                     self._send(entry, message)
             if not self._line and not self._sent:

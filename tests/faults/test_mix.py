@@ -104,6 +104,6 @@ def test_a_random_mix_of_faults_breaks_no_promise(tmp_path: Path, make_broker: M
                     pass
             few = dice.randrange(1, 8)
             observer.wait(partial(mix.has_ended, few), "some jobs to end")
-        observer.check(crashed=True)
+        observer.check(crashed=True, timeout_s=30 + 2 * SECONDS)
         assert daemon.stop() == 0
         assert daemon.faults() == []

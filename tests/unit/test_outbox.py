@@ -148,6 +148,34 @@ async def test_unanswered_messages_are_sent_again_first_and_in_order(
         assert [m.topic for m in broker.on("t/+")] == ["t/0", "t/1", "t/0", "t/1", "t/2"]
 
 
+async def test_a_final_being_read_as_the_connection_goes_keeps_its_place(
+    tmp_path: Path, broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.mute = True
+    async with running(tmp_path, broker) as bench:
+        await bench.connected.wait()
+        reading, go_on = asyncio.Event(), asyncio.Event()
+        outgoing = bench.journal.outgoing
+
+        async def slow(row: int) -> object:
+            reading.set()
+            await go_on.wait()
+            return await outgoing(row)
+
+        monkeypatch.setattr(bench.journal, "outgoing", slow)
+        bench.post("t/0")
+        await bench.final("j", b'{"n":1}', "t/1")
+        await broker.wait_for("t/+", 1)
+        await reading.wait()
+        bench.connected.clear()
+        broker.drop_connection()
+        await bench.connected.wait()
+        go_on.set()
+        broker.answer()
+        await bench.delivered()
+        assert [m.topic for m in broker.on("t/+")] == ["t/0", "t/0", "t/1"]
+
+
 async def test_refusals_of_a_lost_connection_are_not_sent_in_the_next(
     tmp_path: Path, broker: MemoryBroker
 ) -> None:
