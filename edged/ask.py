@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import signal
@@ -27,7 +28,7 @@ from edged.client import (
     read_object,
 )
 from edged.jobs import Key, Kind
-from edged.ports import Incoming
+from edged.ports import Detail, Incoming
 from edged.settings import MB, Settings
 from edged.terminal import Screen, printable
 from edged.topics import Topics
@@ -47,6 +48,13 @@ class Question:
     """What to ask, and how long to wait for the answer (inf: for ever)."""
 
     text: str
+    #: JPEG or PNG, oldest first.
+    frames: tuple[bytes, ...] = ()
+    #: Instead of frames: the newest `last` of this camera, spread over the newest `span_s` seconds.
+    camera: str | None = None
+    last: int = 1
+    span_s: float | None = None
+    detail: Detail | None = None
     system: str | None = None
     max_tokens: int | None = None
     #: A JSON schema that the answer must satisfy.
@@ -54,14 +62,27 @@ class Question:
     deadline_s: float | None = None
     timeout_s: float = 600.0
 
+    @property
+    def kind(self) -> Kind:
+        """Which request it is."""
+        return Kind.VISION if self.frames or self.camera else Kind.TEXT
+
     def body(self, job: str) -> dict[str, Any]:
         """Return the request."""
         body: dict[str, Any] = {"v": protocol.VERSION, "id": job, "prompt": self.text}
+        if self.frames:
+            images = [base64.b64encode(frame).decode("ascii") for frame in self.frames]
+            body["frames"] = [{"image": image} for image in images]
+        elif self.camera is not None:
+            body["frames"] = {"camera": self.camera, "last": self.last}
+            if self.span_s is not None:
+                body["frames"]["span_s"] = self.span_s
         if self.schema is not None:
             wanted = {"type": "json_schema", "json_schema": {"schema": self.schema}}
             body["response_format"] = wanted
         others = {
             "system": self.system, "max_tokens": self.max_tokens, "deadline_s": self.deadline_s,
+            "detail": self.detail,
         }  # fmt: skip
         return body | {name: value for name, value in others.items() if value is not None}
 
@@ -248,6 +269,9 @@ class _Ask:
             self._passing(f"accepted, {queue}{about}")
 
     def _summary(self, event: dict[str, Any]) -> None:
+        frames = event.get("frames")
+        for frame in frames["dropped"] if isinstance(frames, dict) else ():
+            self._screen.say(f"frame {frame['index']} was left out: {frame['reason']}")
         if not (self._screen.err_terminal and self._screen.out_terminal):
             return
         usage, timings = event.get("usage"), event.get("timings")
@@ -256,6 +280,8 @@ class _Ask:
         tokens = usage.get("completion_tokens")
         ttft, speed = timings.get("ttft_ms"), timings.get("tokens_per_second")
         parts = [str(event.get("model", "")), f"{tokens} tokens"]
+        if isinstance(frames, dict):
+            parts.append(f"{len(frames['used'])} frames of {usage.get('image_tokens')} tokens")
         if isinstance(ttft, int | float):
             after = f"{ttft:.0f} ms" if ttft < 1000 else f"{ttft / 1e3:.1f} s"
             parts.append(f"the first after {after}")
@@ -269,7 +295,7 @@ class _Ask:
 
     @property
     def _request_topic(self) -> str:
-        return self._topics.request(Kind.TEXT, self._key.client)
+        return self._topics.request(self._question.kind, self._key.client)
 
     def _ask(self) -> None:
         """Publish the request; doing so again is harmless, its id names the job."""

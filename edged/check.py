@@ -359,11 +359,14 @@ def _check_disk(settings: Settings, there: Path, root: Path) -> Iterator[Finding
     status = os.statvfs(there)
     free, journal = status.f_bavail * status.f_frsize / MB, settings.limits.journal_mb
     said = f"{free:.0f} MB free on the disk of {there}"
-    remedy = "make room, lower limits.journal_mb, or set state.dir to another disk"
+    remedy = (
+        "make room, lower limits.journal_mb or state.frames_mb, or set state.dir to another disk"
+    )
+    frames = settings.state.frames_mb if settings.state.frames == "durable" else 0.0
     if free < journal:
         yield failed("state", "disk", f"{said}, the journal may take {journal:g} MB", remedy)
-    elif free < 3 * journal:
-        wanted = f"the journal may take {journal:g} MB, and frames of waiting jobs come on top"
+    elif free < journal + frames:
+        wanted = f"the journal may take {journal:g} MB and frames of waiting jobs {frames:g} MB"
         yield warning("state", "disk", f"{said}; {wanted}", remedy)
     else:
         yield ok("state", "disk", said)
@@ -422,6 +425,9 @@ def check_model(settings: Settings, root: Path = Path("/")) -> Iterator[Finding]
         return
     vision = ", with vision" if model.encoder_bytes else ""
     yield ok("model", settings.model.name, f"{model.family}{vision} in {model.path}")
+    if model.unfused is not None:
+        why, _, remedy = model.unfused.rpartition("; run: ")
+        yield warning("model", "vision", f"{why}: this model answers texts only", remedy)
     yield _check_memory(settings, model, root)
 
 

@@ -116,6 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     schema.set_defaults(run=_schema)
 
+    models = commands.add_parser("models", help="prepare a model's folder")
+    steps = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    fuse = steps.add_parser(
+        "fuse",
+        help="write the graph that a vision model sees with, beside the published ones",
+        description="Joins the embedding and text graphs of a Phi-3-vision or Phi-3.5-vision "
+        "folder to one, checks it, and writes it into the folder with a record of what it was made "
+        "from. Weights are neither copied nor changed. A folder that is fused is left alone.",
+    )
+    fuse.add_argument("path", type=Path, metavar="DIR", help="the model's folder")
+    fuse.set_defaults(run=_fuse)
+
     demo = commands.add_parser(
         "demo", help="the whole thing on this machine: a broker, a small model, checked answers"
     )
@@ -148,6 +160,23 @@ def _add_json(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", type=_text, metavar="TEXT", help="the question; -: standard input")
+    look = parser.add_mutually_exclusive_group()
+    look.add_argument(
+        "--frame", type=_frame, action="append", default=[], dest="frames", metavar="F",
+        help="a JPEG or PNG to ask about; may be repeated, the oldest first",
+    )  # fmt: skip
+    look.add_argument("--camera", metavar="NAME", help="ask about this camera's newest frames")
+    parser.add_argument(
+        "--last", type=_tokens, default=1, metavar="N",
+        help="with --camera: so many frames (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--span", type=_seconds, metavar="S",
+        help="with --camera: spread them over the newest S seconds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--detail", choices=["low", "auto", "high"], help="how closely to look at the frames"
+    )
     parser.add_argument("--system", metavar="S", help="instructions that come before the question")
     parser.add_argument(
         "--max-tokens", type=_tokens, metavar="N", help="the longest answer, in tokens"
@@ -200,6 +229,13 @@ def _seconds(text: str) -> float:
 
 def _seconds_or_ever(text: str) -> float:
     return math.inf if text.strip() == "0" else _seconds(text)
+
+
+def _frame(text: str) -> bytes:
+    try:
+        return Path(text).read_bytes()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from None
 
 
 def _schema_file(text: str) -> dict[str, Any] | bool:
@@ -259,6 +295,11 @@ def _ask(arguments: argparse.Namespace) -> int:
     _be_silent()
     question = ask.Question(
         text=arguments.text,
+        frames=tuple(arguments.frames),
+        camera=arguments.camera,
+        last=arguments.last,
+        span_s=arguments.span,
+        detail=arguments.detail,
         system=arguments.system,
         max_tokens=arguments.max_tokens,
         schema=arguments.schema,
@@ -285,6 +326,28 @@ def _schema(arguments: argparse.Namespace) -> int:
     else:
         text = schema.config_toml() if arguments.format == "toml" else schema.config_markdown()
         print(text, end="")
+    return 0
+
+
+def _fuse(arguments: argparse.Namespace) -> int:
+    try:
+        from edged.models import fuse
+    except ImportError as error:
+        raise EdgedError(
+            f"fusing needs a package that is not installed: {error.name or error}",
+            hint="pip install 'edged[cpu]', or 'edged[cuda]' on a box with CUDA",
+        ) from None
+    done = fuse.fuse(arguments.path)
+    if not done.changed:
+        print(f"{done.graph}: already there and valid, nothing changed")
+        return 0
+    geometry = done.fused.geometry
+    print(f"{done.graph}: {done.graph.stat().st_size / 1000:.0f} kB, its weights where they were")
+    print(f"checked against the published graphs, {done.compared} times: the same embeddings")
+    print(
+        f"a frame of one crop of {geometry.crop} pixels is {geometry.tokens(1, 1)} tokens; "
+        f"id {done.fused.placeholder} stands for them"
+    )
     return 0
 
 

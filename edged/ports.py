@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 from edged.jobs import Stamp
 
@@ -67,6 +67,8 @@ class Incoming:
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry_s: int | None = None
+    #: The MQTT 5 user property `ts`, as it came.
+    ts: str | None = None
     receipt: Receipt
 
 
@@ -138,6 +140,10 @@ class BusState:
     stolen: bool = False
 
 
+#: Takes a message where it arrives, on whatever thread that is; must be quick.
+Sink = Callable[[Incoming], None]
+
+
 class Bus(Protocol):
     """A connection to a broker that comes back by itself."""
 
@@ -191,6 +197,54 @@ class Bus(Protocol):
         ...
 
 
+# Cameras ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shot:
+    """A frame that a camera sent: JPEG or PNG bytes, and when it was taken (Unix seconds)."""
+
+    data: bytes = field(repr=False)
+    ts: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which of a camera's frames a job wants: the newest `last`, or those of a growing window."""
+
+    camera: str
+    last: int | None = None
+    #: With `last`: spread evenly over the newest so many seconds.
+    span_s: float | None = None
+    max_age_s: float | None = None
+    #: The fewest and the most frames of the window.
+    window: tuple[int, int] | None = None
+
+
+class FrameSource(Protocol):
+    """What cameras have sent lately."""
+
+    def choose(self, choice: Choice, client: str | None) -> tuple[Shot, ...]:
+        """Return the frames, oldest first.
+
+        Raises:
+            Refused: `no_frames`; it says how many there are and how old the newest is.
+        """
+        ...
+
+    def trim(self, choice: Choice, client: str | None, since: float) -> None:
+        """Take note that the engine looks at a growing window only from this frame on.
+
+        The window of that choice begins with it from now on: what comes is put behind it.
+
+        Args:
+            choice: As given to `choose`; without a window nothing happens.
+            client: As given to `choose`.
+            since: The `ts` of the first frame that the engine used.
+        """
+        ...
+
+
 # Engine -----------------------------------------------------------------------------------------
 
 
@@ -214,6 +268,57 @@ class Sampling:
     repetition_penalty: float = 1.0
 
 
+class Turn(TypedDict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    #: Text; or text and frames in their order, a frame being its index.
+    content: str | list[str | int]
+
+
+Detail = Literal["low", "auto", "high"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFrame:
+    """A frame that the model gets to see. `crops` leaves out the global view, `tokens` does not."""
+
+    index: int
+    crops: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedFrame:
+    """A frame that the model does not get to see, and why."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FramePlan:
+    """What becomes of a job's frames; made at its first start and kept from then on."""
+
+    used: tuple[PlannedFrame, ...]
+    dropped: tuple[DroppedFrame, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """The frames of a task, and how closely to look at them."""
+
+    #: JPEG or PNG as received, oldest first; nothing has looked inside.
+    frames: tuple[bytes, ...] = field(repr=False)
+    detail: Detail = "auto"
+    #: The frames are a camera's growing window: where it begins anew, so many of the newest stay.
+    window_min: int | None = None
+    #: Seconds left to the job's deadline.
+    left_s: float | None = None
+    #: The plan of an earlier start.
+    plan: FramePlan | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What the engine is asked to do for one start of a job."""
@@ -221,8 +326,12 @@ class Task:
     job: int
     #: Prefixes of the KV cache are shared within one client only.
     client: str | None
-    #: `{"role": "system"|"user"|"assistant", "content": str}`, in order; the last is the user's.
-    messages: tuple[dict[str, str], ...] = field(repr=False)
+    #: In order; the last is the user's.
+    messages: tuple[Turn, ...] = field(repr=False)
+    #: Each is put at the end of the last message and answered, one after the other. Empty: the
+    #: messages are the one question.
+    questions: tuple[str, ...] = field(default=(), repr=False)
+    look: Look | None = None
     sampling: Sampling = Sampling()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -287,9 +396,18 @@ class Completed:
 
     answers: tuple[Answer, ...]
     timings: Timings
+    #: What became of the frames; None for a text task.
+    frames: FramePlan | None = None
 
 
-Update = Progress | Delta | Completed
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """It is decided what becomes of the job's frames."""
+
+    plan: FramePlan
+
+
+Update = Progress | Delta | Planned | Completed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +423,8 @@ class EngineInfo:
     #: The memory plan in MB: weights, encoder, feature buffer, sessions, total, limit.
     memory: dict[str, float]
     versions: dict[str, str]
+    #: Why there is no vision, with what to do about it; None if there is.
+    no_vision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

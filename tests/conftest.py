@@ -40,3 +40,19 @@ def events() -> Iterator[list[dict[str, Any]]]:
     """What is logged, as dictionaries."""
     with structlog.testing.capture_logs() as captured:
         yield cast("list[dict[str, Any]]", captured)
+
+
+@pytest.fixture(scope="session")
+def stock_vision_folder() -> Path:
+    """A small vision model as published; it is the tree's own: never write into it."""
+    from tests.kit.vision import STOCK  # noqa: PLC0415  (numpy and onnx, for those who need them)
+
+    return STOCK
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vision model, fused; shared by all tests, so that none may write into it."""
+    from tests.kit.vision import fused_folder  # noqa: PLC0415  (as above)
+
+    return fused_folder(tmp_path_factory.mktemp("fused"))

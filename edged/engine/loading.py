@@ -11,6 +11,7 @@ from typing import Any, Literal
 from edged.engine import box
 from edged.errors import EdgedError
 from edged.models.folder import ModelFolder
+from edged.models.record import FUSED_IDS, Fused
 
 _CPU_DIST = "onnxruntime-genai"
 _CUDA_DIST = "onnxruntime-genai-cuda"
@@ -86,9 +87,21 @@ def choose_threads(wanted: int | None) -> int:
     return box.cores() if wanted is None else wanted
 
 
-def overlay(threads: int) -> dict[str, Any]:
-    """Return what is laid over the folder's own configuration."""
-    return {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+def overlay(threads: int, fused: Fused | None = None) -> dict[str, Any]:
+    """Return what is laid over the folder's own configuration.
+
+    Args:
+        threads: of each graph.
+        fused: a vision model's fused graph, if it is to be loaded: genai then runs it as the text
+            model that it is, and loads neither of the graphs that it stands for, nor the vision
+            graph.
+    """
+    decoder: dict[str, Any] = {"session_options": {"intra_op_num_threads": threads}}
+    if fused is None:
+        return {"model": {"decoder": decoder}}
+    decoder |= {"filename": fused.graph, "inputs": {"input_ids": FUSED_IDS}}
+    nothing = {"filename": ""}
+    return {"model": {"type": "phi3", "decoder": decoder, "embedding": nothing, "vision": nothing}}
 
 
 def cuda_options(folder: ModelFolder) -> dict[str, str]:

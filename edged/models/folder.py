@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any, Literal
 import edged
 from edged.errors import EdgedError
 from edged.models import graph
+from edged.models.record import FUSED_RECORD, Fused, digest, parse
 
 #: Bytes.
 MAX_CONFIG = 1 << 20
@@ -29,6 +31,10 @@ MAX_ENTRIES = 5_000
 CONFIG = "genai_config.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST = "edged-manifest.json"
+#: Says how images are prepared, where genai looks for it unless told otherwise.
+PROCESSOR = "processor_config.json"
+#: The same, in folders that keep Hugging Face's files.
+PREPROCESSOR = "preprocessor_config.json"
 
 #: Model types, as genai names them, that we know how to prompt.
 TYPES = ("phi3", "phi3v")
@@ -58,6 +64,10 @@ class ModelFolder:
     hidden_size: int
     #: Providers that the configuration itself asks for.
     providers: tuple[str, ...]
+    #: What a vision model sees with.
+    fused: Fused | None = None
+    #: Why a vision model has no `fused`, and what to run; None for a text model.
+    unfused: str | None = None
     config: Mapping[str, Any] = field(repr=False)
 
 
@@ -173,7 +183,8 @@ def inspect(path: str | Path, *, verify: bool = True) -> ModelFolder:
 
     Args:
         path: the folder.
-        verify: also compare every file that the manifest names with its sha256; reads all of it.
+        verify: also compare every file that the manifest names, and all that the fused graph was
+            made from, with its sha256; reads all of it. Otherwise weights are known by their size.
 
     Raises:
         ModelError: something is missing, or is not what it has to be.
@@ -184,11 +195,11 @@ def inspect(path: str | Path, *, verify: bool = True) -> ModelFolder:
     root = root.resolve()
     try:
         _only_plain_files(root)
-        config = _object(root, CONFIG, MAX_CONFIG)
+        config = read_object(root, CONFIG, MAX_CONFIG)
         if verify:
             _manifest(root)
         _allowed(config, _ALLOWED, CONFIG)
-        return _read(root, config)
+        return _read(root, config, verify=verify)
     except OSError as error:
         raise ModelError(f"{root}: {error}") from error
 
@@ -198,19 +209,19 @@ def fingerprint(path: str | Path) -> str:
 
     It never raises: a folder that cannot be read has a fingerprint too, its path's.
     """
-    digest = hashlib.sha256()
+    seen = hashlib.sha256()
     root = Path(path)
     try:
         for name in sorted(os.listdir(root)):  # noqa: PTH208  (names only)
             info = (root / name).stat()
             if stat.S_ISREG(info.st_mode):
-                digest.update(f"{name}\0{info.st_size}\0".encode())
-        for name in (CONFIG, MANIFEST):
+                seen.update(f"{name}\0{info.st_size}\0".encode())
+        for name in (CONFIG, MANIFEST, FUSED_RECORD):
             if (root / name).is_file() and (root / name).stat().st_size <= MAX_CONFIG:
-                digest.update((root / name).read_bytes())
+                seen.update((root / name).read_bytes())
     except OSError:
-        digest = hashlib.sha256(str(root).encode())
-    return digest.hexdigest()[:16]
+        seen = hashlib.sha256(str(root).encode())
+    return seen.hexdigest()[:16]
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ def _file(root: Path, name: object, where: str) -> Path:
 _COMPLETE = "the folder is incomplete: fetch or copy it again"
 
 
-def _object(root: Path, name: str, most: int) -> dict[str, Any]:
+def read_object(root: Path, name: str, most: int) -> dict[str, Any]:
     """Return a JSON object that the folder must have."""
     path = root / name
     if not path.is_file():
@@ -274,9 +285,9 @@ def _object(root: Path, name: str, most: int) -> dict[str, Any]:
             parse_constant=_no_constant,
         )
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON: {error}") from None
+        raise ModelError(f"{path}: not JSON: {error}", hint=_COMPLETE) from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
+        raise ModelError(f"{path}: not a JSON object", hint=_COMPLETE)
     return value
 
 
@@ -295,10 +306,9 @@ def _manifest(root: Path) -> None:
     """Compare the files with the manifest, if there is one: {file name: sha256}."""
     if not (root / MANIFEST).exists():
         return
-    for name, expected in _object(root, MANIFEST, MAX_CONFIG).items():
+    for name, expected in read_object(root, MANIFEST, MAX_CONFIG).items():
         path = _file(root, name, MANIFEST)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = digest(path)
         if found != expected:
             raise ModelError(
                 f"{path}: its sha256 is {found}, {MANIFEST} says {expected}", hint=_COMPLETE
@@ -333,7 +343,7 @@ def _allowed(value: Any, table: Any, where: str) -> None:
             raise ModelError(f"{where}: must be {names}")
 
 
-def _read(root: Path, config: dict[str, Any]) -> ModelFolder:
+def _read(root: Path, config: dict[str, Any], *, verify: bool) -> ModelFolder:
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("decoder"), dict):
         raise ModelError(f"{root / CONFIG}: has no model.decoder")
@@ -354,18 +364,36 @@ def _read(root: Path, config: dict[str, Any]) -> ModelFolder:
     }
     weights = _graph_files(root, decoder, "model.decoder.filename")
     dtype_bytes = graph.kv_cache_bytes(weights[0]) or 4
+    graphs = [weights[0]]
     if "embedding" in model:
-        weights += _graph_files(root, model["embedding"], "model.embedding.filename")
+        embedding = _graph_files(root, model["embedding"], "model.embedding.filename")
+        graphs.append(embedding[0])
+        weights += embedding
     encoder: list[Path] = []
     if "vision" in model:
         encoder = _graph_files(root, model["vision"], "model.vision.filename")
+        graphs.append(encoder[0])
         if "config_filename" in model["vision"]:
             _file(root, model["vision"]["config_filename"], "model.vision.config_filename")
+    tokenizer = read_object(root, TOKENIZER, MAX_TOKENIZER)
+    fused: Fused | None = None
+    unfused: str | None = None
+    if kind == "phi3v" and {"embedding", "vision"} <= model.keys():
+        try:
+            fused = _fused(
+                root,
+                _sources(root, model, {*graphs, *weights, *encoder}),
+                small=graphs,
+                free=free_ids(root, model, numbers["vocab_size"], tokenizer),
+                verify=verify,
+            )
+        except _Unfused as why:
+            unfused = f"{why}; run: edged models fuse {shlex.quote(str(root))}"
     kv = 2 * numbers["num_hidden_layers"] * numbers["num_key_value_heads"] * numbers["head_size"]
     return ModelFolder(
         path=root,
         type=kind,
-        family=_family(root, kind, numbers["context_length"]),
+        family=_family(root, kind, numbers["context_length"], tokenizer),
         context_length=numbers["context_length"],
         vocab_size=numbers["vocab_size"],
         eos_ids=_eos(root, model, numbers["vocab_size"]),
@@ -382,6 +410,8 @@ def _read(root: Path, config: dict[str, Any]) -> ModelFolder:
                 }
             )
         ),
+        fused=fused,
+        unfused=unfused,
         config=config,
     )
 
@@ -415,9 +445,8 @@ def _bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in set(files))
 
 
-def _family(root: Path, kind: str, context_length: int) -> Family:
+def _family(root: Path, kind: str, context_length: int, tokenizer: dict[str, Any]) -> Family:
     """Tell whose prompts the model expects. `edged.engine` checks it against the template."""
-    tokenizer = _object(root, TOKENIZER, MAX_TOKENIZER)
     if not (root / "tokenizer_config.json").is_file():
         raise ModelError(f"{root}: tokenizer_config.json is missing", hint=_COMPLETE)
     added = tokenizer.get("added_tokens")
@@ -435,3 +464,90 @@ def _family(root: Path, kind: str, context_length: int) -> Family:
     if "<|/tool|>" in names or "<|tool|>" in names:
         return "phi4-mini"
     return "phi3.5" if context_length > 4096 else "phi3"
+
+
+# The fused graph ----------------------------------------------------------------------------------
+
+
+class _Unfused(Exception):
+    """Why there is no fused graph that may be used."""
+
+
+def sources(folder: ModelFolder) -> set[Path]:
+    """Return the files that a fused graph is made from, or that say how it is to be used."""
+    model = folder.config["model"]
+    parts = [model[part]["filename"] for part in ("decoder", "embedding", "vision")]
+    files = {folder.path / name for name in parts}
+    for name in parts:
+        files |= {folder.path / outside for outside in graph.external_files(folder.path / name)}
+    return _sources(folder.path, model, files)
+
+
+def free_ids(
+    root: Path, model: Mapping[str, Any], vocab_size: int, tokenizer: Mapping[str, Any]
+) -> set[int]:
+    """Return the ids below `vocab_size` that neither a text nor the configuration has a use for.
+
+    Raises:
+        ModelError: the tokenizer's file does not say which ids it has.
+    """
+    inner = tokenizer.get("model")
+    vocabulary = inner.get("vocab") if isinstance(inner, dict) else None
+    added = tokenizer.get("added_tokens")
+    if not isinstance(vocabulary, dict) or not isinstance(added, list):
+        raise ModelError(f"{root / TOKENIZER}: has no model.vocab, or no added_tokens")
+    taken = [*vocabulary.values()]
+    taken += [token.get("id") if isinstance(token, dict) else None for token in added]
+    if not all(type(number) is int for number in taken):
+        raise ModelError(f"{root / TOKENIZER}: an id that is no number")
+    configured = [model.get(name) for name in (*_IDS, "eos_token_id")]
+    for value in configured:
+        taken += value if isinstance(value, list) else [value]
+    return set(range(vocab_size)) - {number for number in taken if type(number) is int}
+
+
+def _sources(root: Path, model: Mapping[str, Any], files: set[Path]) -> set[Path]:
+    how = root / model["vision"].get("config_filename", PROCESSOR)
+    return files | {path for path in (how, root / PREPROCESSOR) if path.is_file()}
+
+
+def _fused(
+    root: Path, wanted: set[Path], *, small: list[Path], free: set[int], verify: bool
+) -> Fused:
+    """Return what the record says, if it is true. Nobody else's word is taken for it."""
+    if not (root / FUSED_RECORD).exists():
+        raise _Unfused("not fused")
+    try:
+        record = read_object(root, FUSED_RECORD, MAX_CONFIG)
+    except ModelError as error:
+        raise _Unfused(error.message) from None
+    try:
+        told = parse(record)
+    except ValueError as error:
+        raise _Unfused(f"{FUSED_RECORD}: {error}") from None
+    fused, before = told.fused, told.sources
+    if fused.placeholder not in free:
+        raise _Unfused(f"stale: {fused.placeholder} is no id that the model has free")
+    if before.keys() != {path.name for path in wanted}:
+        names = ", ".join(sorted(before.keys() ^ {path.name for path in wanted}))
+        raise _Unfused(f"stale: the model is made of other files since: {names}")
+    large = {path for path in wanted if path.suffix != ".json"} - set(small)
+    for path in sorted(wanted):
+        then = before[path.name]
+        changed = path.stat().st_size != then.size
+        if not changed and (verify or path not in large):
+            changed = digest(path) != then.sha256
+        if changed:
+            raise _Unfused(f"stale: {path.name} has changed since")
+    path = root / fused.graph
+    if not path.is_file():
+        raise _Unfused(f"{path.name} is missing")
+    if digest(path) != told.graph_sha256:
+        raise _Unfused(f"{path.name} is not the graph that {FUSED_RECORD} tells of")
+    try:
+        outside = graph.external_files(path)
+    except graph.NotAGraph as error:
+        raise _Unfused(f"{path.name}: not an ONNX graph: {error}") from None
+    if not outside <= before.keys():
+        raise _Unfused(f"{path.name}: its weights are not the model's")
+    return fused

@@ -1,4 +1,4 @@
-"""Makes the two small models of the tests: real INT4 Phi-3 graphs with random weights.
+"""Makes the small models of the tests: real INT4 Phi-3 graphs with random weights.
 
 `edged/selftest/model` has a tokenizer of Phi-3's kind (SentencePiece-style BPE with byte fallback,
 control tokens that swallow white space after them), `tests/models/phi4-mini` one of Phi-4-mini's
@@ -6,12 +6,16 @@ kind (byte-level BPE) and Phi-4-mini's graph (grouped queries, partial rotary, L
 folder is made as the official builder makes a real model's folder, and then gets the tokenizer
 files as they were published for the real model. Corpus, vocabulary, seeds and weights are all in this file.
 
+`tests/models/phi3v` and `tests/models/phi3v-fp16` are vision models as they are published for
+Phi-3-vision and Phi-3.5-vision: three graphs (embedding, vision, text), the weights outside them,
+for the CPU (fp32) and as for CUDA (fp16; onnxruntime's CPU kernels run it too).
+
 It runs in an environment of its own; edged and its tests need neither torch nor transformers:
 
     python3 -m venv /tmp/models
     /tmp/models/bin/pip install torch==2.13.0 transformers==5.23.0 \
         onnx==1.23.2 onnx-ir==1.1.0 onnxruntime-genai==0.18.0
-    /tmp/models/bin/python tests/models/make.py [--keep DIR] [--check]
+    /tmp/models/bin/python tests/models/make.py [--keep DIR] [--check] [--only FOLDER]
 
 `--keep DIR` leaves the Hugging Face folders in DIR; `--check` makes the models somewhere else and
 says whether the files in the tree are the same, byte for byte.
@@ -32,6 +36,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -425,18 +430,27 @@ def save_weights(hf: Path, vocabulary: Vocabulary, stops: list[str], **shape: An
     write(hf, vocabulary.files)
 
 
-def build(hf: Path, out: Path, cache: Path, vocabulary: Vocabulary) -> None:
+def build(
+    hf: Path,
+    out: Path,
+    cache: Path,
+    vocabulary: Vocabulary,
+    *options: str,
+    provider: str = "cpu",
+    filename: str = "model.onnx",
+) -> None:
     """Run the official builder, then put the tokenizer's files back as published."""
     subprocess.run(
         [
             *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
-            *("-i", str(hf), "-o", str(out), "-c", str(cache), "-p", "int4", "-e", "cpu"),
+            *("-i", str(hf), "-o", str(out), "-c", str(cache), "-p", "int4", "-e", provider),
             *("--extra_options", "int4_block_size=32", "int4_accuracy_level=4"),
+            *(f"filename={filename}", *options),
         ],
         check=True,
         capture_output=True,
     )
-    keep = {"model.onnx", "model.onnx.data", "genai_config.json"}
+    keep = {filename, f"{filename}.data", "genai_config.json"}
     for path in out.iterdir():
         if path.name not in keep:
             path.unlink()
@@ -519,9 +533,317 @@ def make_phi4(hf: Path, out: Path, cache: Path) -> None:
     write(out, {"README.md": card})
 
 
+# --- vision ---------------------------------------------------------------------------------------
+
+OPSET = 17
+#: As published; the operator ignores both attributes.
+PROCESSOR = {
+    "processor": {
+        "name": "phi_3_image",
+        "transforms": [
+            {
+                "operation": {
+                    "name": "decode_image",
+                    "type": "DecodeImage",
+                    "attrs": {"color_space": "BGR"},
+                }
+            },
+            {"operation": {"name": "convert_to_rgb", "type": "ConvertRGB"}},
+            {
+                "operation": {
+                    "name": "phi3_image_transform",
+                    "type": "Phi3ImageTransform",
+                    "attrs": {"num_crops": 16, "num_img_tokens": 144},
+                }
+            },
+        ],
+    }
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a vision folder's graphs are called, and what their numbers are."""
+
+    vision: str
+    embedding: str
+    text: str
+    half: bool  # fp16 instead of fp32
+    provider: str  # that the official builder builds the text graph for
+    crop: int = 336
+    side: int = 12
+
+
+def save_graph(out: Path, name: str, graph: Any) -> None:
+    """Write a graph as published: its weights in a file beside it."""
+    import onnx
+
+    model = onnx.helper.make_model(
+        graph,
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=8,
+        producer_name="edged",
+    )
+    onnx.checker.check_model(model)
+    onnx.save(
+        model, out / name, save_as_external_data=True, location=f"{name}.data", size_threshold=512
+    )
+    (out / f"{name}.data").chmod(0o644)
+
+
+def make_vision(out: Path, parts: Parts, hidden: int) -> None:
+    """Write a vision graph with Phi-3-vision's geometry.
+
+    A token is a small network's view of its own crop / side squared pixels and of nothing else. The
+    tokens of a frame's crops stand in the rows of the whole picture, each row ended by a
+    separator; then come another separator and the global view, likewise (`sub_glb`). As many
+    frames of as many sizes as are given, each with crops behind it that do not count.
+    """
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+
+    kind = TensorProto.FLOAT16 if parts.half else TensorProto.FLOAT
+    real = np.float16 if parts.half else np.float32
+    draw = np.random.default_rng(SEED)
+    channels, side = 24, parts.side
+    pool = next(n for n in (4, 2, 1) if parts.crop % (side * n) == 0)
+    patch = parts.crop // side // pool
+
+    def normal(*shape: int, std: float) -> Any:
+        return draw.normal(scale=std, size=shape).astype(real)
+
+    values = {
+        "patch.weight": normal(channels, 3, patch, patch, std=2.0 / (3 * patch * patch) ** 0.5),
+        "patch.bias": normal(channels, std=0.5),
+        "up.weight": normal(channels, 2 * channels, std=(2 / channels) ** 0.5),
+        "up.bias": normal(2 * channels, std=0.3),
+        "down.weight": normal(2 * channels, hidden, std=(1 / channels) ** 0.5),
+        "sub_GN": normal(1, 1, hidden, std=1.0),
+        "glb_GN": normal(1, hidden, std=1.0),
+        "nothing": np.zeros((0, hidden), real),
+        "zero": np.array([0], np.int64),
+        "one": np.array([1], np.int64),
+        "side": np.array([side], np.int64),
+        "hidden": np.array([hidden], np.int64),
+        "rest": np.array([-1], np.int64),
+        "crop": np.array([parts.crop], np.int64),
+        "flat": np.array([-1, 3, parts.crop, parts.crop], np.int64),
+        "tokens": np.array([-1, hidden], np.int64),
+        "global_shape": np.array([side, side, hidden], np.int64),
+        "first": np.array(0, np.int64),
+        "always": np.array(True),
+    }
+    node = helper.make_node
+
+    def separated(grid: str, name: str, count: str) -> list[Any]:
+        """End each row of a grid [rows, columns, hidden] of tokens by a separator."""
+        return [
+            node("Concat", [count, "one", "hidden"], [f"{name}.many"], axis=0),
+            node("Expand", ["sub_GN", f"{name}.many"], [f"{name}.ends"]),
+            node("Concat", [grid, f"{name}.ends"], [f"{name}.grid"], axis=1),
+            node("Reshape", [f"{name}.grid", "tokens"], [f"{name}.tokens"]),
+        ]
+
+    frame = helper.make_graph(
+        [
+            node("Gather", ["seen", "frame"], ["all"], axis=0),  # [crops + 1, side^2, hidden]
+            node("Gather", ["image_sizes", "frame"], ["size"], axis=0),
+            node("Div", ["size", "crop"], ["cut"]),
+            node("Gather", ["cut", "zero"], ["rows"], axis=0),
+            node("Gather", ["cut", "one"], ["columns"], axis=0),
+            node("Mul", ["rows", "columns"], ["crops"]),
+            node("Add", ["crops", "one"], ["end"]),
+            node("Slice", ["all", "one", "end", "zero"], ["local"]),
+            node("Concat", ["rows", "columns", "side", "side", "hidden"], ["split"], axis=0),
+            node("Reshape", ["local", "split"], ["local.crops"]),
+            node("Transpose", ["local.crops"], ["local.lines"], perm=[0, 2, 1, 3, 4]),
+            node("Mul", ["rows", "side"], ["lines"]),
+            node("Mul", ["columns", "side"], ["width"]),
+            node("Concat", ["lines", "width", "hidden"], ["picture"], axis=0),
+            node("Reshape", ["local.lines", "picture"], ["local.picture"]),
+            *separated("local.picture", "local.out", "lines"),
+            node("Gather", ["all", "first"], ["global"], axis=0),
+            node("Reshape", ["global", "global_shape"], ["global.picture"]),
+            *separated("global.picture", "global.out", "side"),
+            node(
+                "Concat",
+                ["before", "local.out.tokens", "glb_GN", "global.out.tokens"],
+                ["after"],
+                axis=0,
+            ),
+            node("Identity", ["go_on"], ["goes_on"]),
+        ],
+        "frame",
+        [
+            helper.make_tensor_value_info("frame", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("before", kind, [None, hidden]),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("after", kind, [None, hidden]),
+        ],
+    )
+    graph = helper.make_graph(
+        [
+            node("Reshape", ["pixel_values", "flat"], ["pixels"]),
+            node(
+                "AveragePool",
+                ["pixels"],
+                ["pooled"],
+                kernel_shape=[pool, pool],
+                strides=[pool, pool],
+            ),
+            node(
+                "Conv",
+                ["pooled", "patch.weight", "patch.bias"],
+                ["patches"],
+                strides=[patch, patch],
+            ),
+            node("Transpose", ["patches"], ["patches.last"], perm=[0, 2, 3, 1]),
+            node("MatMul", ["patches.last", "up.weight"], ["up"]),
+            node("Add", ["up", "up.bias"], ["up.sum"]),
+            node("Relu", ["up.sum"], ["up.out"]),
+            node("MatMul", ["up.out", "down.weight"], ["down"]),
+            node("Shape", ["pixel_values"], ["frames_and_crops"], start=0, end=2),
+            node("Concat", ["frames_and_crops", "rest", "hidden"], ["by_frame"], axis=0),
+            node("Reshape", ["down", "by_frame"], ["seen"]),
+            node("Shape", ["image_sizes"], ["frames"], start=0, end=1),
+            node("Squeeze", ["frames"], ["frames.count"]),
+            node("Loop", ["frames.count", "always", "nothing"], ["image_features"], body=frame),
+        ],
+        "vision",
+        [
+            helper.make_tensor_value_info(
+                "pixel_values", kind, ["num_images", "max_num_crops", 3, "height", "width"]
+            ),
+            helper.make_tensor_value_info("image_sizes", TensorProto.INT64, ["num_images", 2]),
+        ],
+        [helper.make_tensor_value_info("image_features", kind, ["num_image_tokens", hidden])],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    save_graph(out, parts.vision, graph)
+
+
+def make_embedding(hf: Path, out: Path, parts: Parts) -> None:
+    """Write an embedding graph: in input_ids, ids below 0 are the places of image features."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper
+    from safetensors.numpy import load_file
+
+    kind = TensorProto.FLOAT16 if parts.half else TensorProto.FLOAT
+    table = load_file(hf / "model.safetensors")["model.embed_tokens.weight"]
+    rows, hidden = table.shape
+    values = {
+        "embed_tokens.weight": table.astype(np.float16 if parts.half else np.float32),
+        "lowest": np.array(0, np.int64),
+        "highest": np.array(rows - 1, np.int64),
+        "far": np.array(-1_000_000_000, np.int64),
+    }
+    node = helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Clip", ["input_ids", "lowest", "highest"], ["ids"]),
+            node("Gather", ["embed_tokens.weight", "ids"], ["text"]),
+            node("Less", ["input_ids", "lowest"], ["below"]),
+            node("Greater", ["input_ids", "far"], ["near"]),
+            node("And", ["below", "near"], ["is_image"]),
+            node("NonZero", ["is_image"], ["places"]),
+            node("Transpose", ["places"], ["places.rows"], perm=[1, 0]),
+            node("ScatterND", ["text", "places.rows", "image_features"], ["inputs_embeds"]),
+        ],
+        "embedding",
+        [
+            helper.make_tensor_value_info(
+                "input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]
+            ),
+            helper.make_tensor_value_info("image_features", kind, ["num_image_tokens", hidden]),
+        ],
+        [
+            helper.make_tensor_value_info(
+                "inputs_embeds", kind, ["batch_size", "sequence_length", hidden]
+            )
+        ],
+        [numpy_helper.from_array(value, name) for name, value in values.items()],
+    )
+    save_graph(out, parts.embedding, graph)
+
+
+def make_phi3v(hf: Path, out: Path, cache: Path, parts: Parts) -> None:
+    """Make a vision folder as published: three graphs, their weights beside them."""
+    vocabulary = phi3_vocabulary(1200)
+    hidden = 64
+    save_weights(
+        hf,
+        vocabulary,
+        ["<|endoftext|>", "<|assistant|>", "<|end|>"],
+        bos_token_id=vocabulary.ids["<s>"],
+        hidden_size=hidden,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    build(
+        hf,
+        out,
+        cache,
+        vocabulary,
+        "exclude_embeds=true",
+        provider=parts.provider,
+        filename=parts.text,
+    )
+    make_vision(out, parts, hidden)
+    make_embedding(hf, out, parts)
+    config = json.loads((out / "genai_config.json").read_text("utf-8"))
+    model = config["model"]
+    model["type"] = "phi3v"
+    model["embedding"] = {
+        "filename": parts.embedding,
+        "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
+        "outputs": {"inputs_embeds": "inputs_embeds"},
+    }
+    model["vision"] = {
+        "filename": parts.vision,
+        "inputs": {"pixel_values": "pixel_values", "image_sizes": "image_sizes"},
+        "outputs": {"image_features": "image_features"},
+    }
+    write(out, {"genai_config.json": config, "processor_config.json": PROCESSOR})
+    card = CARD.format(
+        title="A test model of Phi-3.5-vision's kind",
+        tokenizer="of Phi-3's kind (SentencePiece-style BPE, byte fallback, rstrip control tokens)",
+        size=vocabulary.size,
+        graph="embedding, vision and text, "
+        + ("fp16, as for CUDA" if parts.half else "fp32, as for the CPU")
+        + "; 2 layers, hidden size 64, 4 heads, context 4096; crops of 336 pixels, 144 tokens each",
+        template="<|user|>\\n…<|end|>\\n<|assistant|>\\n",
+    )
+    write(out, {"README.md": card})
+
+
 MODELS = {
     "edged/selftest/model": make_phi3,
     "tests/models/phi4-mini": make_phi4,
+    "tests/models/phi3v": partial(
+        make_phi3v,
+        parts=Parts(
+            vision="vision.onnx",
+            embedding="embedding.onnx",
+            text="model.onnx",
+            half=False,
+            provider="cpu",
+        ),
+    ),
+    "tests/models/phi3v-fp16": partial(
+        make_phi3v,
+        parts=Parts(  # the published names
+            vision="phi-3.5-v-instruct-vision.onnx",
+            embedding="phi-3.5-v-instruct-embedding.onnx",
+            text="phi-3.5-v-instruct-text.onnx",
+            half=True,
+            provider="cuda",
+        ),
+    ),
 }
 
 
@@ -531,7 +853,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Make or check both models."""
+    """Make or check the models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="leave the Hugging Face folders here"
@@ -539,10 +861,15 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="compare with the tree, change nothing"
     )
+    parser.add_argument(
+        "--only", choices=MODELS, metavar="FOLDER", help="this one, not all: %(choices)s"
+    )
     options = parser.parse_args()
     same = True
     with tempfile.TemporaryDirectory() as scratch:
         for place, make in MODELS.items():
+            if options.only not in (None, place):
+                continue
             out, hf = Path(scratch, "out", place), Path(scratch, "hf", Path(place).name)
             out.mkdir(parents=True)
             hf.mkdir(parents=True)
