@@ -120,6 +120,32 @@ class JournalFull(JournalUnavailable):
     """The journal's quota or the disk is full."""
 
 
+class FramesFull(JournalFull):
+    """The frames of the jobs that wait take the room they may: `state.frames_mb`."""
+
+    def __init__(self, message: str, *, hint: str | None = None, in_memory: bool) -> None:
+        super().__init__(message, hint=hint)
+        #: The room is memory; else it is on the disk.
+        self.in_memory = in_memory
+
+
+class Loss(StrEnum):
+    """How the frames of a job were lost."""
+
+    MISSING = "missing"
+    DAMAGED = "damaged"
+    #: They were in memory only, and that was another process.
+    MEMORY = "memory"
+
+
+class FramesLost(EdgedError):
+    """The frames of an accepted job are gone for good; the job can only be ended."""
+
+    def __init__(self, reason: Loss, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class JournalTooNew(EdgedError):
     """The journal was written by a newer edged; it has not been touched."""
 

@@ -91,7 +91,8 @@ class Draft:
 
     key: Key
     kind: Kind
-    #: The request as parsed JSON, without `reply_to`; erased from the journal at the end.
+    #: The request as parsed JSON, without `reply_to` and without the bytes of frames; erased from
+    #: the journal at the end.
     request: dict[str, Any]
     #: SHA-256 of kind and request; tells a redelivery from a conflict.
     digest: bytes
@@ -100,6 +101,10 @@ class Draft:
     arrived: Stamp
     #: Seconds from arrival after which the job is expired; None: never.
     deadline_s: float | None
+    #: The frames as received, oldest first.
+    frames: tuple[bytes, ...] = field(default=(), repr=False)
+    #: How many answers its result may have.
+    answers: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,13 @@ class Job:
     starts: int = 0
     #: Engine deaths and crashed daemons on this job so far; see MAX_DEATHS.
     deaths: int = 0
+    #: How many frames it has; the journal keeps them.
+    frames: int = 0
+    answers: int = 1
+    #: What was decided about its frames at its first start, as JSON.
+    plan: dict[str, Any] | None = field(default=None, repr=False)
+    #: Whether it survives a crash: False while its frames are in memory only.
+    durable: bool = True
 
     def evolve(self, **changes: Any) -> Self:
         """Return a copy with these fields changed."""

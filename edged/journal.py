@@ -7,6 +7,9 @@ Requests are erased when their job ends: the final is written in their place, `s
 overwrites what that leaves, and the write-ahead log, which still holds the old pages, is moved into
 the database and emptied once the journal has been idle for a second, at the latest half a minute
 after the end. (What a flash card keeps in its spare blocks is out of reach.)
+
+Frames lie beside the database, in a file for each job (or in memory, if so set), as long as the job
+is open.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from edged.jobs import Draft, Key, Outcome, Reply
-from edged.journal_store import Accepted, Known, Limits, Opened, OutboxRow
+from edged.journal_frames import Frames, Keep
+from edged.journal_rows import Accepted, Known, Opened, OutboxRow
+from edged.journal_store import Limits
 from edged.journal_thread import JournalStats, JournalThread
 from edged.ports import Clock, Trace, no_trace
 
@@ -41,7 +46,11 @@ class Journal:
         results: The most ended jobs kept, those not counted whose final is not delivered yet.
             Fewer are if the room is needed for new jobs.
         results_s: The seconds of running time an ended job is kept.
-        max_final_bytes: Room set aside for the final of every open job.
+        max_final_bytes: Room set aside for each answer of every open job.
+        frames_dir: The folder of the files with frames; beside the database if absent. Files in it
+            that are named as ours are, and that no open job has, are removed.
+        keep_frames: Whether frames are on disk when their job is accepted, or in memory only.
+        frames_bytes: The most that the frames of all open jobs may have.
         trace: Called in the journal's thread.
     """
 
@@ -54,10 +63,15 @@ class Journal:
         results: int,
         results_s: float,
         max_final_bytes: int = 256 * 1024,
+        frames_dir: Path | None = None,
+        keep_frames: Keep = "durable",
+        frames_bytes: int = 256 * 1024 * 1024,
         trace: Trace = no_trace,
     ) -> None:
         limits = Limits(quota_bytes, results, results_s, max_final_bytes)
-        self._thread = JournalThread(path, limits, clock, trace)
+        folder = frames_dir or path.parent / "frames"
+        frames = Frames(folder, keep=keep_frames, quota_bytes=frames_bytes, trace=trace)
+        self._thread = JournalThread(path, limits, clock, frames, trace)
 
     # Life -----------------------------------------------------------------------------------------
 
@@ -103,12 +117,13 @@ class Journal:
 
         Raises (in the future):
             JournalFull: The room left is set aside for the finals of the jobs that are open.
+            FramesFull: The frames of the jobs that are open leave no room for these.
         """
         request = json.dumps(draft.request, ensure_ascii=False, separators=(",", ":"))
         content = request.encode("utf-8", "surrogatepass")
         return self._thread.submit(
             lambda store: store.accept(draft, content),
-            size=len(content),
+            size=len(content) + sum(map(len, draft.frames)),
             must_fit=False,
             inside="in_accept_txn",
             after="after_accept_commit",
@@ -133,6 +148,23 @@ class Journal:
             JobGone: Also for a job that has ended.
         """
         return await self._thread.submit(lambda store: store.start(seq), after="after_attempt_mark")
+
+    async def frames(self, seq: int) -> tuple[bytes, ...]:
+        """Return the frames of an open job as they were accepted; none if it had none.
+
+        Raises:
+            FramesLost: They are missing, damaged, or were in memory before a restart.
+            JobGone: Also for a job that has ended.
+        """
+        return await self._thread.submit(lambda store: store.frames(seq), writes=False)
+
+    async def plan(self, seq: int, plan: dict[str, Any]) -> None:
+        """Keep what was decided about the frames of a job until it ends; JSON, small.
+
+        Raises:
+            JobGone: Also for a job that has ended.
+        """
+        await self._thread.submit(lambda store: store.plan(seq, plan))
 
     async def release(self, seq: int) -> None:
         """Put a running job back into the queue; no death is counted."""

@@ -75,6 +75,16 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
         "CREATE TABLE fact (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
     ),
+    (
+        # `frame_file` is the random part of the name of the file with the frames, NULL if they are
+        # in memory; `frame_bytes` is what counts against their quota; `plan` is JSON.
+        "ALTER TABLE job ADD COLUMN frames INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE job ADD COLUMN frame_bytes INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE job ADD COLUMN frame_file TEXT",
+        "ALTER TABLE job ADD COLUMN answers INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE job ADD COLUMN plan TEXT",
+        "ALTER TABLE job ADD COLUMN plan_crc INTEGER",
+    ),
 )
 
 _DAMAGE = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -83,7 +93,8 @@ _FORBIDDEN = frozenset(
     {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH}
 )
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+#: Errors of the operating system that mean a full disk.
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Damaged(Exception):
@@ -162,7 +173,7 @@ def open_database(
             hint="the storage is failing: replace it",
         ) from damage
     except OSError as error:
-        kind = JournalFull if error.errno in _NO_SPACE else JournalUnavailable
+        kind = JournalFull if error.errno in NO_SPACE else JournalUnavailable
         raise kind(
             f"journal {path}: {error}",
             hint=f"make {path.parent} a directory that edged's user may write, with free space",
@@ -243,7 +254,7 @@ def _create(path: Path, first_seq: int) -> None:
             new.unlink()
         raise translate(error, path) from error
     new.rename(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
 def _connect(
@@ -271,7 +282,6 @@ def _connect(
         # A net only: the journal checkpoints by itself, earlier and after it has answered.
         connection.execute("PRAGMA wal_autocheckpoint = 2048").fetchone()
         connection.execute(f"PRAGMA journal_size_limit = {2048 * PAGE_BYTES}").fetchone()
-        connection.execute(f"PRAGMA max_page_count = {quota_bytes // PAGE_BYTES}").fetchone()
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS):  # in the write-ahead log, after a crash of its migration
             raise _too_new(path, version)
@@ -282,6 +292,8 @@ def _connect(
         if verdict != "ok":
             raise Damaged(verdict)
         _migrate(connection, version)
+        # Not before: a full journal of an older version must not be kept from migrating.
+        connection.execute(f"PRAGMA max_page_count = {quota_bytes // PAGE_BYTES}").fetchone()
         try:
             verify(connection)
         except sqlite3.OperationalError as error:
@@ -331,10 +343,11 @@ def _set_aside(path: Path) -> None:
     for number in numbers[: 1 - KEPT_DAMAGED]:
         for extra in ("", "-wal"):
             path.with_name(f"{prefix}{number}{extra}").unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory last."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

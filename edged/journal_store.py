@@ -15,14 +15,19 @@ from typing import Any
 
 from edged.errors import JobGone, JournalFull
 from edged.jobs import Draft, Job, Key, Outcome, Reply, State, joined
+from edged.journal_frames import Frames, Held
 from edged.journal_rows import (
     COLUMNS,
     ROWS,
+    Accepted,
+    Known,
+    OutboxRow,
     checked,
     job_of,
     read_replies,
     row_range,
     verify,
+    write_plan,
     write_replies,
 )
 from edged.journal_schema import PAGE_BYTES, open_database
@@ -38,54 +43,10 @@ _EVICT_FOR_ROOM = 8
 _PAGE_PAYLOAD = PAGE_BYTES - 4
 #: Pages that an empty journal has, roughly.
 _BASE_PAGES = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """What a journal held when it was opened."""
-
-    #: Open jobs by number; none is running.
-    jobs: tuple[Job, ...]
-    #: Seconds that edged had run on this journal before.
-    ran_s: float
-    #: Why the old journal was set aside and a new one begun, or None.
-    reset: str | None
-    #: Outbox rows not delivered yet, in order.
-    pending: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The draft became a job."""
-
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A job of this name is kept already; nothing was changed."""
-
-    seq: int
-    #: Another digest than the draft's means a conflict.
-    digest: bytes
-    ended: bool
-    #: The stored final of an ended job.
-    final: bytes | None
-    replies: tuple[Reply, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxRow:
-    """A final that has yet to reach one reply topic."""
-
-    row: int
-    seq: int
-    key: Key
-    topic: str
-    correlation: bytes | None
-    payload: bytes
-    #: The final has been replaced once; it is not replaced again.
-    replaced: bool
+#: What the plan of a frame may need.
+_PLAN_BYTES = 128
+#: Bytes of disk left to the write-ahead log, which is emptied past a part of this.
+_LOG_BYTES = 2 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +66,8 @@ class Counts:
     open: int = 0
     #: Of the requests of open jobs.
     open_pages: int = 0
+    #: Set aside for the finals and the plans of open jobs.
+    reserved_pages: int = 0
     ended: int = 0
     #: Of the ended: those whose final is not delivered everywhere.
     waiting: int = 0
@@ -124,12 +87,14 @@ class Store:
         path: Path,
         limits: Limits,
         clock: Clock,
+        frames: Frames,
         *,
         first_seq: int = 1,
         on_reset: Callable[[str], None],
     ) -> None:
         self._limits = limits
         self._clock = clock
+        self._frames = frames
         self._db = open_database(
             path,
             quota_bytes=limits.quota_bytes,
@@ -138,7 +103,6 @@ class Store:
             on_reset=on_reset,
         )
         self._changes = 0
-        self._reserve_pages = _pages(limits.max_final_bytes) + _OVERHEAD_PAGES
         self._free_pages = 0
         #: Content was overwritten or deleted; the write-ahead log still has it until a checkpoint.
         self.erased = False
@@ -149,6 +113,7 @@ class Store:
         try:
             #: Seconds edged had run on this journal by its last commit.
             self.ran = self._load_counts()
+            frames.adopt(self._held())
         except BaseException:
             self._db.close()
             raise
@@ -176,16 +141,19 @@ class Store:
         if self._db.total_changes == self._changes and not force:
             self.rollback()
             return False
+        self._frames.sync()
         self._db.execute(
             "UPDATE meta SET ran = ?, next_seq = ?",
             (self._clock.stamp().ran, self.counts.next_seq),
         )
         self._db.execute("COMMIT")
         self._kept = None
+        self._frames.committed()
         return True
 
     def rollback(self) -> None:
         """Undo everything since `begin`; harmless without a transaction."""
+        self._frames.rolled_back()
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
         if self._kept is not None:
@@ -200,7 +168,7 @@ class Store:
         """Return the bytes of pages in use, and why even a small job would be refused, if it is."""
         room = self._room()
         used = self._limits.quota_bytes - room * PAGE_BYTES
-        if room >= self._needed(0) or self.counts.ended > self.counts.waiting:
+        if room >= self._needed(0, self._reserve(1, 0)) or self.counts.ended > self.counts.waiting:
             return used, None
         return used, f"the journal is full: {used} of {self._limits.quota_bytes} bytes"
 
@@ -239,19 +207,28 @@ class Store:
         """Store a job, `request` being its request as JSON, or return what is kept by its name.
 
         Raises:
-            JournalFull: It would take room that the finals of the open jobs may need.
+            JournalFull: It would take room that the finals of the open jobs may need, or its
+                frames have no room.
+            JournalUnavailable: Its frames cannot be stored.
         """
         key = draft.key
         known = self.find(key)
         if known is not None:
             return known
-        self._admit(len(request))
+        frames, frame_bytes = draft.frames, sum(map(len, draft.frames))
+        reserve = self._reserve(draft.answers, len(frames))
+        if frames:
+            needed = self._needed(len(request), reserve) * PAGE_BYTES
+            self._frames.admit(frame_bytes, needed + _LOG_BYTES)
+        self._admit(len(request), reserve)
         seq = self.counts.next_seq
         arrived = draft.arrived
+        token = self._frames.put(seq, frames) if frames else None
         self._db.execute(
             "INSERT INTO job (seq, client, id, kind, digest, priority, deadline_s, boot_id,"
-            " boottime, wall, synced, ran, replies, state)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued')",
+            " boottime, wall, synced, ran, replies, answers, frames, frame_bytes,"
+            " frame_file, state)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued')",
             (
                 seq,
                 key.client or "",
@@ -266,6 +243,10 @@ class Store:
                 arrived.synced,
                 arrived.ran,
                 write_replies((draft.reply,)),
+                draft.answers,
+                len(frames),
+                frame_bytes,
+                token,
             ),
         )
         self._db.execute(
@@ -274,6 +255,7 @@ class Store:
         self.counts.next_seq += 1
         self.counts.open += 1
         self.counts.open_pages += _pages(len(request))
+        self.counts.reserved_pages += reserve
         return Accepted(
             Job(
                 seq=seq,
@@ -285,7 +267,30 @@ class Store:
                 priority=draft.priority,
                 arrived=arrived,
                 deadline_s=draft.deadline_s,
+                frames=len(frames),
+                answers=draft.answers,
+                durable=not frames or token is not None,
             )
+        )
+
+    def frames(self, seq: int) -> tuple[bytes, ...]:
+        """Return the frames of an open job.
+
+        Raises:
+            FramesLost: They are gone, or are not what was put.
+        """
+        state, count, size, token = self._look_up(seq, "state, frames, frame_bytes, frame_file")
+        if state == State.ENDED:
+            raise JobGone(f"job {seq} has ended")
+        return self._frames.get(Held(seq, token, size), count) if count else ()
+
+    def plan(self, seq: int, plan: dict[str, Any]) -> None:
+        """Keep what was decided about the frames of an open job, in place of what was before."""
+        (state,) = self._look_up(seq, "state")
+        if state == State.ENDED:
+            raise JobGone(f"job {seq} has ended")
+        self._db.execute(
+            "UPDATE job SET plan = ?, plan_crc = ? WHERE seq = ?", (*write_plan(plan), seq)
         )
 
     def add_reply(self, seq: int, reply: Reply) -> tuple[int, ...]:
@@ -341,7 +346,8 @@ class Store:
 
         Returns the outbox rows; none if the job had ended already, and then nothing changes.
         """
-        state, replies, sends = self._look_up(seq, "state, replies, sends")
+        columns = "state, replies, sends, answers, frames"
+        state, replies, sends, answers, frames = self._look_up(seq, columns)
         if state == State.ENDED:
             return ()
         (size,) = self._db.execute(
@@ -350,11 +356,14 @@ class Store:
         self._store_final(seq, final)
         rows = self._queue(seq, sends, read_replies(replies))
         self._db.execute(
-            "UPDATE job SET state = 'ended', outcome = ?, ended_ran = ?, sends = ? WHERE seq = ?",
+            "UPDATE job SET state = 'ended', outcome = ?, ended_ran = ?, sends = ?,"
+            " frame_bytes = 0, frame_file = NULL, plan = NULL, plan_crc = NULL WHERE seq = ?",
             (str(outcome), self._clock.stamp().ran, sends + len(rows), seq),
         )
+        self._frames.drop(seq)
         self.counts.open -= 1
         self.counts.open_pages -= _pages(size)
+        self.counts.reserved_pages -= self._reserve(answers, frames)
         self.counts.ended += 1
         self.counts.waiting += bool(rows)
         return rows
@@ -453,8 +462,23 @@ class Store:
         ).fetchone()
         ran, next_seq, open_jobs, ended, outbox, waiting, last_seq, open_pages = row
         next_seq = max(next_seq, (last_seq or 0) + 1)
-        self.counts = Counts(open_jobs, open_pages, ended, waiting, outbox, next_seq)
+        reserved = sum(
+            self._reserve(answers, frames)
+            for answers, frames in self._db.execute(
+                "SELECT answers, frames FROM job WHERE ended_ran IS NULL"
+            )
+        )
+        self.counts = Counts(open_jobs, open_pages, reserved, ended, waiting, outbox, next_seq)
         return float(ran)
+
+    def _held(self) -> list[Held]:
+        return [
+            Held(*row)
+            for row in self._db.execute(
+                "SELECT seq, frame_file, frame_bytes FROM job"
+                " WHERE ended_ran IS NULL AND frames > 0"
+            )
+        ]
 
     def _look_up(self, seq: int, columns: str) -> Any:
         found = self._db.execute(
@@ -507,12 +531,17 @@ class Store:
         (free,) = self._db.execute("PRAGMA freelist_count").fetchone()
         return int(self._limits.quota_bytes // PAGE_BYTES - pages + free)
 
-    def _needed(self, size: int) -> int:
-        """Return the pages that a new job of `size` needs, the finals of all open jobs included."""
-        return _pages(size) + _OVERHEAD_PAGES + (self.counts.open + 1) * self._reserve_pages
+    def _reserve(self, answers: int, frames: int) -> int:
+        """Return the pages set aside for the final of a job, and for its plan."""
+        plan = _pages(frames * _PLAN_BYTES) if frames else 0
+        return _pages(answers * self._limits.max_final_bytes) + _OVERHEAD_PAGES + plan
 
-    def _admit(self, size: int) -> None:
-        needed = self._needed(size)
+    def _needed(self, size: int, reserve: int) -> int:
+        """Return the pages that a new job of `size` needs, the finals of all open jobs included."""
+        return _pages(size) + _OVERHEAD_PAGES + self.counts.reserved_pages + reserve
+
+    def _admit(self, size: int, reserve: int) -> None:
+        needed = self._needed(size, reserve)
         quota = self._limits.quota_bytes
         # An answer long delivered is worth less than a new question that can be taken for it.
         of_use = _BASE_PAGES + self.counts.open_pages + needed <= quota // PAGE_BYTES

@@ -16,8 +16,10 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from edged.errors import EdgedError, JournalFull, JournalUnavailable
+from edged.journal_frames import Frames
+from edged.journal_rows import Opened
 from edged.journal_schema import PAGE_BYTES, Damaged, translate
-from edged.journal_store import Limits, Opened, Store
+from edged.journal_store import Limits, Store
 from edged.ports import Clock, Trace
 
 #: Seconds without an operation after which erased requests leave the write-ahead log.
@@ -47,6 +49,10 @@ class JournalStats:
     ended: int = 0
     outbox_rows: int = 0
     commits: int = 0
+    #: Open jobs with frames, and the bytes of those.
+    frames_jobs: int = 0
+    frames_bytes: int = 0
+    frames_quota_bytes: int = 0
     #: Why it cannot take a job now, or None.
     trouble: str | None = "the journal is not open"
     #: Why a damaged journal was set aside, at the opening or since, or None.
@@ -80,14 +86,18 @@ class Operation(Generic[T]):
 class JournalThread:
     """The one thread that touches the database, and the queue to it. One loop uses it."""
 
-    def __init__(self, path: Path, limits: Limits, clock: Clock, trace: Trace) -> None:
+    def __init__(
+        self, path: Path, limits: Limits, clock: Clock, frames: Frames, trace: Trace
+    ) -> None:
         self._path = path
         self._wal = path.with_name(path.name + "-wal")
         self._limits = limits
         self._clock = clock
         self._trace = trace
         #: Replaced as a whole after each transaction.
-        self.stats = JournalStats(quota_bytes=limits.quota_bytes)
+        self.stats = self._closed_stats = JournalStats(
+            quota_bytes=limits.quota_bytes, frames_quota_bytes=frames.quota_bytes
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._ended: asyncio.Future[None] | None = None
@@ -99,6 +109,7 @@ class JournalThread:
         self._executing_since: float | None = None
         self._returned_at = 0.0
         # The thread's own.
+        self._frames = frames
         self._store: Store | None = None
         self._first_seq = 1
         self._commits = 0
@@ -187,7 +198,7 @@ class JournalThread:
     def _on_end(self, ended: asyncio.Future[None]) -> None:
         self._thread = None
         self._executing_since = None
-        self.stats = JournalStats(quota_bytes=self._limits.quota_bytes)
+        self.stats = self._closed_stats
         while self._queue:
             _settle([(self._queue.popleft().future, None, self._not_open())])
         if not ended.done():
@@ -217,6 +228,7 @@ class JournalThread:
             if self._store is not None:
                 self._store.close()
                 self._store = None
+            self._frames.forget()
             self._post(self._on_end, ended)
 
     def _open(self) -> Opened:
@@ -242,6 +254,7 @@ class JournalThread:
                 self._path,
                 self._limits,
                 self._clock,
+                self._frames,
                 first_seq=self._first_seq,
                 on_reset=self._note_reset,
             )
@@ -288,6 +301,7 @@ class JournalThread:
             if apart or not self._run_together(store, batch):
                 for operation in batch:
                     self._run_alone(store, operation)
+            self._frames.tidy()
         except Exception as problem:  # noqa: BLE001 - the thread must outlive any of them
             self._give_up(problem, batch)
         self._take_stock()
@@ -463,7 +477,10 @@ class JournalThread:
             ended=counts.ended if counts else self.stats.ended,
             outbox_rows=counts.outbox if counts else self.stats.outbox_rows,
             commits=self._commits,
-            trouble=self._trouble or self._log_trouble or full,
+            frames_jobs=self._frames.jobs,
+            frames_bytes=self._frames.used_bytes,
+            frames_quota_bytes=self._frames.quota_bytes,
+            trouble=self._trouble or self._log_trouble or full or self._frames.trouble(),
             reset=self._reset,
         )
 

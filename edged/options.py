@@ -311,6 +311,13 @@ class State(_Group):
         doc="Whether the frames of a vision job are on disk before it is accepted. With none they "
         "are held in memory and such a job is lost in a crash (`durable` is false in `accepted`).",
     )
+    frames_mb: float = _setting(
+        256.0,
+        doc="Disk (or memory) for the frames of waiting jobs, in MB; when they take it all, vision "
+        "requests are refused.",
+        ge=0.1,
+        le=100_000,
+    )
     stop_s: float = _setting(
         20.0,
         doc="Seconds the running job may still take when edged is told to stop; then it goes back "
@@ -405,10 +412,20 @@ class Vision(_Group):
 class Cameras(_Group):
     """The frames that cameras publish, and the connection they come over."""
 
-    max: int = _setting(8, doc="Cameras that are buffered; further ones are refused.", ge=1, le=256)
+    max: int = _setting(
+        8,
+        doc="Cameras that are buffered; further ones are refused. 0: there is no camera "
+        "connection.",
+        ge=0,
+        le=256,
+    )
     buffer_s: float = _setting(30.0, doc="Seconds of frames kept for each camera.", gt=0, le=86400)
     buffer_mb: float = _setting(
-        64.0, doc="Memory for the frames of all cameras together, in MB.", ge=0.1, le=1_000_000
+        64.0,
+        doc="Memory for the frames of all cameras together, in MB. When it is full, the oldest "
+        "frame of the camera that holds most goes, but never a camera's newest.",
+        ge=0.1,
+        le=1_000_000,
     )
     username: User | None = _setting(
         doc="The user name of the camera connection. Needed, with its password, where the broker "
@@ -416,7 +433,7 @@ class Cameras(_Group):
         example="edged-cameras",
     )
     password_file: File | None = _setting(
-        doc="The file whose first line is that user's password. Absent: that of mqtt.",
+        doc="The file whose first line is that user's password.",
         example="/etc/edged/credentials/cameras-password",
     )
     cert: File | None = _setting(

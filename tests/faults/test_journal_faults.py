@@ -364,17 +364,22 @@ asyncio.run(main())
 """
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
-    """F13: at the start, in the middle, during a checkpoint, and when it is closed."""
+def inside_of(directory: Path, size: str) -> tuple[str, ...]:
+    """What runs a command with a small file system mounted on a directory, for it alone."""
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("unshare is not installed")
     prefix = (unshare, "-m") if os.getuid() == 0 else (unshare, "-Urm")
-    mount = 'mount -t tmpfs -o size=600k tmpfs "$0" && exec "$@"'
-    inside = (*prefix, "sh", "-c", mount, str(tmp_path))
+    mount = f'mount -t tmpfs -o size={size} tmpfs "$0" && exec "$@"'
+    inside = (*prefix, "sh", "-c", mount, str(directory))
     if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no file system may be mounted here, not even in a namespace")
-    done = run_child(_SMALL_DISK, str(tmp_path), prefix=inside)
+    return inside
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """F13: at the start, in the middle, during a checkpoint, and when it is closed."""
+    done = run_child(_SMALL_DISK, str(tmp_path), prefix=inside_of(tmp_path, "600k"))
     assert done.returncode == 0, done.stderr
     said = {line[0]: line[1:] for line in lines_of(done.stdout)}
     assert said["start"] == ["full"]
@@ -384,6 +389,68 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
     assert said["later"] == ["done"]
     assert said["jobs"] == [1]
     assert said["after"] == [None, [True], 1]
+
+
+_FRAMES_ON_A_SMALL_DISK = """
+import asyncio, resource, sys
+from pathlib import Path
+from edged.errors import JournalFull
+from edged.jobs import Outcome
+from edged.journal_frames import Frames
+from tests.kit.journal import accepted, frame_files, opened, say
+
+home = Path(sys.argv[1])
+frames = (bytes(50_000), bytes(50_000))
+
+async def refused(it, name, **changes):
+    try:
+        await accepted(it, name, **changes)
+    except JournalFull as error:
+        return type(error) is JournalFull, it.stats.trouble is not None
+
+async def main():
+    async with opened(home) as (it, _):
+        jobs = []
+        try:
+            while True:
+                jobs.append(await accepted(it, f"j{len(jobs)}", frames=frames))
+        except JournalFull as error:
+            say("full", len(jobs), "bytes free" in error.message)
+        # Nothing but the disk itself says no now; some of these are cut off in their middle.
+        look, Frames._free = Frames._free, lambda _frames: None
+        say("no space", [await refused(it, f"k{n}", frames=(bytes(3_000_000 + n * 5000),))
+                         for n in range(3)], len(frame_files(home)) == len(jobs))
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, hard))
+        say("too large", await refused(it, "l", frames=(bytes(150_000),)),
+            len(frame_files(home)) == len(jobs))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        Frames._free = look
+        text = await accepted(it, "text")
+        for job in (text, *jobs):
+            assert await it.frames(job.seq) == (frames if job.frames else ())
+            await it.plan(job.seq, {"used": list(range(100))})
+            await it.finish(job.seq, b"x" * 8 * 1024, Outcome.COMPLETED)
+        say("ended", it.stats.ended, len(frame_files(home)))
+        await accepted(it, "again", frames=frames)
+        say("trouble", it.stats.trouble)
+
+asyncio.run(main())
+"""
+
+
+def test_frames_that_fill_the_disk(tmp_path: Path) -> None:
+    """F13: those that find no room are refused; those that came first leave room for their end."""
+    done = run_child(_FRAMES_ON_A_SMALL_DISK, str(tmp_path), prefix=inside_of(tmp_path, "4m"))
+    assert done.returncode == 0, done.stderr
+    said = {line[0]: line[1:] for line in lines_of(done.stdout)}
+    jobs, by_us = said["full"]
+    assert 5 < jobs < 25
+    assert by_us
+    assert said["no space"] == [[[True, True]] * 3, True]
+    assert said["too large"] == [[True, True], True]
+    assert said["ended"] == [jobs + 1, 0]
+    assert said["trouble"] == [None]
 
 
 # F15: a wrong clock -----------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from hypothesis.stateful import (
 from edged.errors import EdgedError, JobGone
 from edged.jobs import Draft, Key, Outcome, Reply
 from edged.journal import Accepted, Journal, Known, Opened
+from edged.journal_frames import Frames
 from edged.journal_store import Store
 from edged.testing import ManualClock
-from tests.kit.journal import copy_files, draft, journal, memory_directory
+from tests.kit.journal import copy_files, draft, frame_files, journal, memory_directory
 
 T = TypeVar("T")
 
@@ -39,11 +40,16 @@ ids = st.sampled_from(["a", "b", "c"])
 prompts = st.sampled_from(["hello", "other", "long"])
 topics = st.sampled_from(["t/1", "t/2", "t/3"])
 finals = st.sampled_from(["yes", "no", "long"])
+frames = st.sampled_from([(b"one",), (b"a" * 5000, b"", b"b"), ()])
 
 
 def crashes(*labels: str) -> st.SearchStrategy[str | None]:
     """No crash, or one at one of these steps."""
     return st.sampled_from([None, None, *labels])
+
+
+#: No crash, or one on the way of a final.
+ENDING = crashes("in_result_txn", "in_result_txn", "after_result_commit", "after_frames_unlink")
 
 
 def body(word: str) -> str:
@@ -54,9 +60,11 @@ def body(word: str) -> str:
 class Promise:
     """What the outside was told about one accepted job."""
 
-    def __init__(self, seq: int, prompt: str, topic: str) -> None:
+    def __init__(self, seq: int, prompt: str, topic: str, frames: tuple[bytes, ...]) -> None:
         self.seq = seq
         self.prompt = prompt
+        self.frames = frames
+        self.plan: dict[str, Any] | None = None
         self.topics = {topic}
         #: At most this; a crash may have come between the mark and the answer.
         self.starts = 0
@@ -77,6 +85,8 @@ class JournalMachine(RuleBasedStateMachine):
         self.crashed: Path | None = None
         self.lives = 0
         self.promises: dict[Key, Promise] = {}
+        #: Of requests that a crash came upon.
+        self.asked: dict[Key, tuple[bytes, ...]] = {}
         #: What the broker has: every final that was published, by topic.
         self.broker: list[tuple[str, Key, bytes]] = []
         self.pending: list[int] = []
@@ -120,14 +130,24 @@ class JournalMachine(RuleBasedStateMachine):
             # One that was stored though nobody was told: its caller will ask again, or not.
             promise = self.promises.setdefault(
                 job.key,
-                Promise(job.seq, job.request["prompt"][:5].removesuffix("l"), job.replies[0].topic),
+                Promise(
+                    job.seq,
+                    job.request["prompt"][:5].removesuffix("l"),
+                    job.replies[0].topic,
+                    self.asked.get(job.key, ()),
+                ),
             )
+            frames = self.loop.run_until_complete(self.journal.frames(job.seq))
+            assert frames == promise.frames
+            assert job.plan == promise.plan
             assert job.seq == promise.seq
             assert job.request == {"prompt": body(promise.prompt)}
             assert promise.topics <= {reply.topic for reply in job.replies}
             assert job.starts >= promise.starts
             assert job.starts >= job.deaths
             assert not promise.finals, "a job with a final is open again"
+        files = frame_files(self.journal._thread._path.parent)
+        assert len(files) == sum(job.frames > 0 for job in found.jobs)
         open_jobs = {job.key for job in found.jobs}
         for key, promise in self.promises.items():
             if key not in open_jobs:
@@ -154,22 +174,33 @@ class JournalMachine(RuleBasedStateMachine):
         name=ids,
         prompt=prompts,
         topic=topics,
-        crash=crashes("in_accept_txn", "after_accept_commit"),
+        frames=frames,
+        crash=crashes(
+            "after_frames_write", "in_accept_txn", "after_frames_sync", "after_accept_commit"
+        ),
     )
     def request(
-        self, client: str | None, name: str, prompt: str, topic: str, crash: str | None
+        self,
+        client: str | None,
+        name: str,
+        prompt: str,
+        topic: str,
+        frames: tuple[bytes, ...],
+        crash: str | None,
     ) -> None:
         self.crash_at = crash
         wanted = draft(
-            name, body(prompt), client=client, reply=Reply(topic), arrived=self.clock.stamp()
-        )
+            name, body(prompt), client=client, reply=Reply(topic), arrived=self.clock.stamp(),
+            frames=frames,
+        )  # fmt: skip
+        self.asked[wanted.key] = frames
         answer = self.wait(_accepted(self.journal, wanted))
         if answer is None:
             return
         promise = self.promises.get(wanted.key)
         if isinstance(answer, Accepted):
             assert promise is None
-            self.promises[wanted.key] = Promise(answer.job.seq, prompt, topic)
+            self.promises[wanted.key] = Promise(answer.job.seq, prompt, topic, frames)
             return
         assert promise is not None
         assert answer.seq == promise.seq
@@ -196,6 +227,14 @@ class JournalMachine(RuleBasedStateMachine):
             self.running.add(promise.seq)
 
     @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def plan(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(sorted(self.running)))
+        (promise,) = [p for p in self.promises.values() if p.seq == seq]
+        promise.plan = {"starts": promise.starts}
+        self.wait(self.journal.plan(seq, promise.plan))
+
+    @precondition(lambda self: self.running)
     @rule(data=st.data(), death=st.booleans())
     def stop(self, data: st.DataObject, death: bool) -> None:
         seq = data.draw(st.sampled_from(sorted(self.running)))
@@ -206,7 +245,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.wait(self.journal.release(seq))
 
     @precondition(lambda self: self.open_jobs())
-    @rule(data=st.data(), final=finals, crash=crashes("in_result_txn", "after_result_commit"))
+    @rule(data=st.data(), final=finals, crash=ENDING)
     def finish(self, data: st.DataObject, final: str, crash: str | None) -> None:
         _, promise = data.draw(st.sampled_from(self.open_jobs()))
         self.crash_at = crash
@@ -349,6 +388,27 @@ def _overwriting_finish(store: Store, seq: int, final: bytes, outcome: Outcome) 
     return rows
 
 
+def _eager_drop(frames: Frames, seq: int) -> None:
+    """Frames that go before the final is on disk."""
+    if seq in frames._held:
+        frames._path(frames._held[seq]).unlink(missing_ok=True)
+    DROP(frames, seq)
+
+
+def _late_write(frames: Frames, path: Path, token: str, content: tuple[bytes, ...]) -> None:
+    """Frames whose file gets its name only after the commit."""
+    WRITE(frames, path, token, content)
+    path.rename(path.with_suffix(".unfinished"))
+
+
+def _late_commit(frames: Frames) -> None:
+    COMMITTED(frames)
+    frames._trace("after_accept_commit")
+    for unfinished in frames._folder.glob("*.unfinished"):
+        unfinished.rename(unfinished.with_suffix(".frames"))
+
+
+DROP, WRITE, COMMITTED = Frames.drop, Frames._write, Frames.committed
 FINISH, COMMIT, BEGIN = Store.finish, Store.commit, Store.begin
 
 
@@ -359,14 +419,25 @@ FINISH, COMMIT, BEGIN = Store.finish, Store.commit, Store.begin
         {"finish": _overwriting_finish},
         {"commit": _lazy_commit, "begin": _lazy_begin},
         {"add_reply": lambda *_: ()},
+        {"drop": _eager_drop},
+        {"_write": _late_write, "committed": _late_commit},
+        {"adopt": lambda *_: None},
     ],
-    ids=["two transactions", "not idempotent", "told before the commit", "forgets reply topics"],
+    ids=[
+        "two transactions",
+        "not idempotent",
+        "told before the commit",
+        "forgets reply topics",
+        "frames go before the commit",
+        "frames come after the commit",
+        "no sweep",
+    ],
 )
 def test_the_machine_finds_planted_bugs(
     monkeypatch: pytest.MonkeyPatch, bug: dict[str, Callable[..., Any]]
 ) -> None:
     for name, function in bug.items():
-        monkeypatch.setattr(Store, name, function)
+        monkeypatch.setattr(Store if hasattr(Store, name) else Frames, name, function)
     hunt = settings(
         LIMITS, max_examples=300, derandomize=True, phases=[Phase.generate], print_blob=False
     )

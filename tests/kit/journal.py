@@ -72,6 +72,7 @@ def draft(
         priority=changes.pop("priority", 5),
         arrived=arrived or ManualClock().stamp(),
         deadline_s=changes.pop("deadline_s", None),
+        **changes,
     )
 
 
@@ -89,7 +90,15 @@ def copy_files(source: Path, target: Path) -> Path:
         file = source / f"{NAME}{suffix}"
         if file.exists():
             shutil.copyfile(file, target / file.name)
+    if (source / "frames").exists():
+        shutil.copytree(source / "frames", target / "frames", dirs_exist_ok=True)
     return target
+
+
+def frame_files(directory: Path) -> list[Path]:
+    """The files with frames, in the order of their jobs."""
+    found = (directory / "frames").glob("*")
+    return sorted(found, key=lambda file: int(file.name.partition("-")[0]))
 
 
 def bytes_of(directory: Path) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 
 from edged import journal_schema
 from edged.errors import JournalFull, JournalTooNew, JournalUnavailable
+from edged.jobs import Outcome, Reply
 from edged.journal_schema import Damaged, open_database, translate
 from tests.kit.journal import NAME, accepted, copy_files, memory_directory, opened
 
@@ -111,6 +112,47 @@ async def test_an_older_version_is_migrated_with_its_content(
         await accepted(it, "b")
     header = (home / NAME).read_bytes()[:100]
     assert struct.unpack(">I", header[60:64]) == (len(journal_schema.MIGRATIONS),)
+
+
+def version_1(home: Path) -> None:
+    """A journal as version 1 left it in a crash."""
+    script = Path(__file__).with_name("journal-v1.sql").read_text()
+    with contextlib.closing(sqlite3.connect(home / NAME, isolation_level=None)) as db:
+        db.executescript(script)
+
+
+async def test_a_journal_of_version_1(home: Path) -> None:
+    version_1(home)
+    async with opened(home) as (it, found):
+        assert found.reset is None
+        assert [(job.key.id, job.request["prompt"], job.deaths) for job in found.jobs] == [
+            ("waits", "first", 0), ("died", "second", 1), ("runs", "third", 1),
+        ]  # fmt: skip
+        first = found.jobs[0]
+        assert (first.frames, first.answers, first.plan, first.durable) == (0, 1, None, True)
+        assert first.replies == (Reply("edged/reply/waits", b"\x00\xff"),)
+        assert await it.frames(first.seq) == ()
+        (row,) = found.pending
+        sent = await it.outgoing(row)
+        assert sent is not None
+        assert sent.payload == b'{"final": 4}'
+        assert await it.get("fact") == {"a": 1}
+        job = await accepted(it, "looks", frames=(b"frame",))
+        await it.plan(first.seq, {"used": []})
+        for each in (*found.jobs, job):
+            assert await it.finish(each.seq, b"f", Outcome.COMPLETED)
+    header = (home / NAME).read_bytes()[:100]
+    assert struct.unpack(">I", header[60:64]) == (len(journal_schema.MIGRATIONS),)
+
+
+async def test_a_full_journal_of_version_1(home: Path) -> None:
+    """It is migrated though its schema may need a page more than it has."""
+    version_1(home)
+    pages = (home / NAME).stat().st_size // journal_schema.PAGE_BYTES
+    async with opened(home, quota_bytes=pages * journal_schema.PAGE_BYTES) as (it, found):
+        assert (found.reset, len(found.jobs)) == (None, 3)
+        with pytest.raises(JournalFull):
+            await accepted(it)
 
 
 async def test_a_migration_that_fails_leaves_the_old_version(
@@ -265,6 +307,13 @@ async def test_a_damaged_schema_is_noticed(home: Path, old: bytes, new: bytes, r
         "INSERT INTO outbox VALUES (99, 't', NULL)",
         "UPDATE job SET replies = '[[1]]'",
         "UPDATE job SET kind = 'other'",
+        "UPDATE job SET frames = -1",
+        "UPDATE job SET frame_bytes = -1",
+        "UPDATE job SET frame_file = '../../../../etc/passwd'",
+        "UPDATE job SET answers = 0",
+        "UPDATE job SET plan = '{}'",
+        "UPDATE job SET plan_crc = 1",
+        "UPDATE job SET plan = '[1]', plan_crc = 1",
     ],
 )
 async def test_rows_that_make_no_sense_are_noticed(home: Path, statement: str) -> None:
