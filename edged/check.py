@@ -434,7 +434,7 @@ def check_model(settings: Settings, root: Path = Path("/")) -> Iterator[Finding]
 def _check_memory(settings: Settings, model: folder.ModelFolder, root: Path) -> Finding:
     try:
         plan = memory.plan(
-            memory.need_of(model),
+            memory.need_of(model, frame_cache_mb=settings.vision.cache_mb),
             available_mb=box.memory_mb(proc=root / "proc", sys=root / "sys"),
             limit_mb=settings.limits.memory_mb,
             context=settings.model.max_context,
@@ -449,6 +449,7 @@ def _check_memory(settings: Settings, model: folder.ModelFolder, root: Path) -> 
         "weights": plan.weights,
         "encoder": plan.encoder,
         "features": plan.features,
+        "kept frames": plan.frame_cache,
         f"sessions of {plan.context} tokens": plan.sessions,
         "the rest": plan.base,
     }

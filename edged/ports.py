@@ -420,7 +420,7 @@ class EngineInfo:
     max_context: int
     vision: bool
     json_schema: bool
-    #: The memory plan in MB: weights, encoder, feature buffer, sessions, total, limit.
+    #: The memory plan in MB, by its parts, and their total and limit; see `engine.memory`.
     memory: dict[str, float]
     versions: dict[str, str]
     #: Why there is no vision, with what to do about it; None if there is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from edged.engine.messages import JobStage, Order
-from edged.ports import Completed, EngineInfo, Task
+from edged.ports import Completed, EngineInfo, FramePlan, Task
 
 
 class Desk(Protocol):
@@ -16,7 +16,11 @@ class Desk(Protocol):
     """
 
     def begin(self, stage: JobStage, *, work: int = 1, done: int = 0, total: int = 1) -> None:
-        """Begin a stage whose first step has the size `work` (tokens, frames, or 1)."""
+        """Begin a stage whose first step has the size `work`.
+
+        That is what its cost grows with: tokens; in `decode_images` frames; in `encode` crops, the
+        global view counted; else 1. `done` and `total` are for those who wait: tokens or frames.
+        """
         ...
 
     def step(
@@ -30,6 +34,13 @@ class Desk(Protocol):
         question: int | None = None,
     ) -> None:
         """Report a step as done, with the text it gave; the next one has the size `next_work`."""
+        ...
+
+    def planned(self, plan: FramePlan) -> None:
+        """Tell what becomes of each of the job's frames.
+
+        Once; and not if the plan that its `Look` has is kept, as it is while it can be.
+        """
         ...
 
     def check(self) -> None:
@@ -65,4 +76,9 @@ class Backend(Protocol):
     @property
     def sessions(self) -> int:
         """How many KV caches live."""
+        ...
+
+    @property
+    def frame_cache(self) -> tuple[float, int]:
+        """How many MB the kept frames take, and how often one was found there since the load."""
         ...

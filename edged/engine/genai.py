@@ -5,21 +5,29 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edged.engine import box, loading, memory
 from edged.engine.backend import Desk
 from edged.engine.messages import JobStage, Order
-from edged.engine.prompts import PROBE, STYLES, Message, Prompts
-from edged.engine.session import Chunks, Session
+from edged.engine.prompts import PROBE, STYLES, Prompts
+from edged.engine.session import Chunks, Features, Session
 from edged.engine.text import Constraint, Schema, TextModel, run_text
-from edged.engine.tokens import read_vocabulary
-from edged.errors import EdgedError
+from edged.engine.tokens import Vocabulary, read_vocabulary
+from edged.errors import Code, EdgedError, JobFailed
 from edged.models.folder import TOKENIZER, ModelError, ModelFolder, inspect
-from edged.ports import Completed, EngineInfo, Sampling, Task
+from edged.models.record import FEATURES
+from edged.ports import Completed, EngineInfo, FramePlan, Sampling, Task, Turn
+
+if TYPE_CHECKING:
+    from edged.engine.vision.run import Vision
 
 #: Tokens that the warm-up generates.
 _WARM_UP = 4
+#: Tokens that a frame needs beside its own, for a question and an answer.
+_ROOM = 128
 
 
 class GenaiBackend:
@@ -28,6 +36,8 @@ class GenaiBackend:
     def __init__(self) -> None:
         self._text: TextModel | None = None
         self._session: Session | None = None
+        self._vision: Vision | None = None
+        self._no_vision: str | None = None
         self._guidance: Any = None
         self._folder: ModelFolder | None = None
 
@@ -36,70 +46,129 @@ class GenaiBackend:
         """How many KV caches live."""
         return 1 if self._session is not None and self._session.alive else 0
 
+    @property
+    def frame_cache(self) -> tuple[float, int]:
+        """How many MB the kept frames take, and how often a frame needed no encoding."""
+        if self._vision is None:
+            return 0.0, 0
+        return self._vision.cache.size_mb, self._vision.cache.hits
+
     def load(self, order: Order) -> EngineInfo:
         """Load the model, compare its template with our prompts, and let it say a few tokens."""
         provider = loading.choose_provider(order.provider, loading.look())
         folder = inspect(order.path)
-        if folder.family not in STYLES:
-            raise ModelError(
-                f"{folder.path}: a vision model, which this version cannot load",
-                hint="set model.path to a text model",
-            )
         plan = memory.plan(
-            memory.need_of(folder),
+            memory.need_of(folder, frame_cache_mb=order.frame_cache_mb),
             available_mb=box.memory_mb(),
             limit_mb=order.memory_mb,
             context=order.max_context,
         )
         threads = loading.choose_threads(order.threads)
-        og = _import()
-        try:
-            model = og.Model(_config(og, folder, provider, threads))
-            tokenizer = og.Tokenizer(model)
-            vocabulary = read_vocabulary(folder.path / TOKENIZER)
-            prompts = Prompts(
-                lambda text: [int(i) for i in tokenizer.encode(text)],
-                vocabulary,
-                STYLES[folder.family],
-            )
-            prompts.check(lambda messages: _template(tokenizer, messages))
-        except RuntimeError as error:
-            raise _refused(folder, provider, error) from None
-
-        def make() -> Any:
-            params = og.GeneratorParams(model)
-            params.set_search_options(max_length=plan.context, do_sample=False)
-            return og.Generator(model, params)
-
         guided = importlib.util.find_spec("llguidance") is not None
         self._folder = folder
-        self._session = Session(make, Chunks())
-        self._text = TextModel(
-            prompts=prompts,
-            vocabulary=vocabulary,
-            vocab_size=folder.vocab_size,
-            eos_ids=frozenset(folder.eos_ids),
-            context=plan.context,
-            max_tokens=order.max_tokens,
-            compile=self._compile if guided else None,
-        )
-        self._warm_up(folder, provider)
+        self._no_vision = _no_vision(folder, plan.context)
+        try:
+            self._load_text(order, folder, provider, threads, plan.context, guided=guided)
+            if self._no_vision is None:
+                self._load_vision(order, folder, provider, threads, plan.limit)
+            self._warm_up(folder)
+        except RuntimeError as error:
+            raise _refused(folder, provider, error) from None
+        except ArithmeticError as error:
+            raise ModelError(f"{folder.path}: {error} in its warm-up") from None
         return EngineInfo(
             model=order.model,
             provider=provider,
             threads=threads,
             max_context=plan.context,
-            vision=False,
+            vision=self._vision is not None,
             json_schema=guided,
             memory=plan.as_dict(),
             versions=loading.versions(),
+            no_vision=self._no_vision,
         )
 
     def run(self, task: Task, desk: Desk) -> Completed:
         """Do a job."""
         if self._text is None or self._session is None:
             raise AssertionError("run before load")
-        return run_text(self._text, self._session, task, desk)
+        if task.look is None:
+            return run_text(self._text, self._session, task, desk)
+        if self._vision is None:
+            raise JobFailed(Code.UNSUPPORTED, self._no_vision or "the loaded model has no vision")
+        return self._vision.run(task, task.look, desk)
+
+    def _load_text(
+        self,
+        order: Order,
+        folder: ModelFolder,
+        provider: loading.Provider,
+        threads: int,
+        context: int,
+        *,
+        guided: bool,
+    ) -> None:
+        og = _import()
+        model = og.Model(_config(og, folder, provider, threads))
+        tokenizer = og.Tokenizer(model)
+        vocabulary = read_vocabulary(folder.path / TOKENIZER)
+        prompts = _prompts(tokenizer, vocabulary, folder)
+        fused = folder.fused
+        # in the model's own number type: the generator reads this memory as it is
+        features: Features | None = None
+        if fused is not None:
+            features = np.zeros((context, folder.hidden_size), fused.features)
+
+        def make() -> Any:
+            params = og.GeneratorParams(model)
+            params.set_search_options(max_length=context, do_sample=False)
+            generator = og.Generator(model, params)
+            if features is not None:
+                generator.set_model_input(FEATURES, features)
+            return generator
+
+        self._session = Session(
+            make,
+            Chunks(),
+            features=features,
+            rewinds=folder.type != "phi3v" or fused is not None,
+        )
+        self._text = TextModel(
+            prompts=prompts,
+            vocabulary=vocabulary,
+            vocab_size=folder.vocab_size,
+            eos_ids=frozenset(folder.eos_ids),
+            context=context,
+            max_tokens=order.max_tokens,
+            compile=self._compile if guided else None,
+            placeholder=None if fused is None else fused.placeholder,
+        )
+
+    def _load_vision(
+        self,
+        order: Order,
+        folder: ModelFolder,
+        provider: loading.Provider,
+        threads: int,
+        limit_mb: float,
+    ) -> None:
+        # onnxruntime and Pillow are loaded for models that need them only
+        from edged.engine.vision.cache import FrameCache  # noqa: PLC0415
+        from edged.engine.vision.encoder import Encoder  # noqa: PLC0415
+        from edged.engine.vision.run import Vision  # noqa: PLC0415
+
+        if self._text is None or self._session is None or folder.fused is None:
+            raise AssertionError("vision before text, or without its graph")
+        geometry = folder.fused.geometry
+        self._vision = Vision(
+            model=self._text,
+            session=self._session,
+            encoder=Encoder(folder, geometry, threads=threads, provider=provider),
+            geometry=geometry,
+            cache=FrameCache(order.frame_cache_mb),
+            limit_mb=limit_mb,
+            first_token_s=order.first_token_s,
+        )
 
     def _compile(self, schema: Schema) -> Constraint:
         from edged.engine.guidance import Guidance  # noqa: PLC0415  (only who asks pays for it)
@@ -111,28 +180,31 @@ class GenaiBackend:
         constraint: Constraint = self._guidance.compile(schema)
         return constraint
 
-    def _warm_up(self, folder: ModelFolder, provider: str) -> None:
-        """Run the probe conversation: ready means that tokens really came."""
+    def _warm_up(self, folder: ModelFolder) -> None:
+        """Run the probe conversation, and a frame: ready means that tokens really came.
+
+        Raises:
+            ModelError: what came cannot be right.
+            RuntimeError, ArithmeticError: nothing came.
+        """
         if self._text is None or self._session is None:
             raise AssertionError("warm-up before load")
-        task = Task(
-            job=0,
-            client=None,
-            messages=PROBE,
-            sampling=Sampling(),
-            max_tokens=min(_WARM_UP, max(1, self._text.max_tokens)),
-        )
-        try:
-            run_text(self._text, self._session, task, _NoDesk())
-            logits = self._session.logits().size
-        except RuntimeError as error:
-            raise _refused(folder, provider, error) from None
-        except ArithmeticError as error:
-            raise ModelError(f"{folder.path}: {error} in its warm-up") from None
+        most = min(_WARM_UP, max(1, self._text.max_tokens))
+        task = Task(job=0, client=None, messages=PROBE, sampling=Sampling(), max_tokens=most)
+        run_text(self._text, self._session, task, _NoDesk())
+        logits = self._session.logits().size
         if logits != folder.vocab_size:
             raise ModelError(
                 f"{folder.path}: gives {logits} logits, its vocab_size is {folder.vocab_size}"
             )
+        if self._vision is not None:
+            try:
+                self._vision.warm_up(_NoDesk())
+            except JobFailed as failed:
+                if failed.code is not Code.MEMORY:
+                    raise ModelError(f"{folder.path}: {failed.message}, in its warm-up") from None
+                self._vision = None  # texts can be answered all the same
+                self._no_vision = f"no memory is left to look at frames: {failed.message}"
 
 
 class _NoDesk:
@@ -153,6 +225,9 @@ class _NoDesk:
     ) -> None:
         """Do nothing."""
 
+    def planned(self, plan: FramePlan) -> None:
+        """Do nothing."""
+
     def check(self) -> None:
         """Do nothing."""
 
@@ -171,7 +246,7 @@ def _import() -> Any:
 
 def _config(og: Any, folder: ModelFolder, provider: str, threads: int) -> Any:
     config = og.Config(str(folder.path))
-    config.overlay(json.dumps(loading.overlay(threads)))
+    config.overlay(json.dumps(loading.overlay(threads, folder.fused)))
     # what runs the model is our setting, not the folder's
     config.clear_providers()
     if provider == "cuda":
@@ -181,7 +256,35 @@ def _config(og: Any, folder: ModelFolder, provider: str, threads: int) -> Any:
     return config
 
 
-def _template(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _prompts(tokenizer: Any, vocabulary: Vocabulary, folder: ModelFolder) -> Prompts:
+    """Return what makes prompts, compared with the folder's own template."""
+    fused = folder.fused
+    prompts = Prompts(
+        lambda text: [int(i) for i in tokenizer.encode(text)],
+        vocabulary,
+        STYLES[folder.family],
+        None if fused is None else fused.placeholder,
+    )
+    prompts.check(lambda messages: _template(tokenizer, messages), vision=fused is not None)
+    return prompts
+
+
+def _no_vision(folder: ModelFolder, context: int) -> str | None:
+    """Return why a model does not see, with what to do about it; None if it does."""
+    if folder.fused is not None:
+        least = folder.fused.geometry.tokens(1, 1) + _ROOM
+        if context >= least:
+            return None
+        return (
+            f"the context of {context} tokens has no room for a frame, {least} has: raise "
+            "limits.memory_mb or model.max_context, or give the box more memory"
+        )
+    if folder.unfused is not None:
+        return f"the loaded model's vision cannot be used: {folder.unfused}"
+    return "the loaded model has no vision: set model.path to a Phi-3.5-vision model"
+
+
+def _template(tokenizer: Any, messages: Sequence[Turn]) -> str:
     try:
         return str(
             tokenizer.apply_chat_template(json.dumps(list(messages)), add_generation_prompt=True)

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -16,7 +16,7 @@ from edged.engine import messages
 from edged.engine.deadlines import Deadlines, Limits
 from edged.engine.process import EngineProcess, worker_command
 from edged.engine.restarts import Backoff, Restarts
-from edged.engine.wire import BadMessage
+from edged.engine.wire import BadMessage, TooLarge
 from edged.errors import Code, DeathReason, EdgedError, EngineDied, JobFailed, JobStopped
 from edged.models.folder import fingerprint
 from edged.ports import (
@@ -25,6 +25,8 @@ from edged.ports import (
     EngineInfo,
     EngineState,
     EngineStatus,
+    FramePlan,
+    Planned,
     Progress,
     Task,
     Update,
@@ -43,7 +45,9 @@ _log = structlog.get_logger(__name__)
 class Recycle:
     """How much an engine process may grow over its size after the warm-up, before it is replaced.
 
-    The larger of the two counts. Native libraries leak; a fresh process is cheap between jobs.
+    The larger of the two counts. Its size between jobs is meant, without the frames that it keeps:
+    what a job took and gave back does not count. Native libraries leak; a fresh process is cheap
+    between jobs.
     """
 
     share: float = 0.25
@@ -55,6 +59,11 @@ class _Work:
     """A task on its way through the engine."""
 
     task: Task
+    #: When it was asked for.
+    since: float
+    #: What becomes of its frames, as soon as that is decided; whether the engine decided it.
+    plan: FramePlan | None = None
+    planned: bool = False
     updates: asyncio.Queue[Update | EdgedError] = field(default_factory=asyncio.Queue)
     #: `stop` was called.
     stop: bool = False
@@ -119,7 +128,7 @@ class EngineHost:
         self._info: EngineInfo | None = None
         self._last_reason: str | None = None
         self._trouble: str | None = None
-        self._sessions = 0
+        self._kept = messages.Kept()
 
         self._process: EngineProcess | None = None
         self._works: dict[int, _Work] = {}
@@ -148,7 +157,9 @@ class EngineHost:
             last_reason=self._last_reason,
             trouble=self._trouble or self._too_many(),
             rss_mb=None if process is None else process.rss_mb(),
-            sessions=self._sessions,
+            sessions=self._kept.sessions,
+            frame_cache_mb=self._kept.cache_mb,
+            frame_cache_hits=self._kept.cache_hits,
         )
 
     @property
@@ -184,7 +195,7 @@ class EngineHost:
         It waits for its turn, and for the engine while that restarts; a death before the engine has
         the task is none of this task's. Leaving early stops the task.
         """
-        work = self._works[task.job] = _Work(task)
+        work = self._works[task.job] = _Work(task, self._clock())
         try:
             await self._turn(work)
             self._give(work)
@@ -299,7 +310,7 @@ class EngineHost:
     def _begin_life(self) -> None:
         self._state = EngineState.LOADING
         self._sentence = self._killed_at = self._base_mb = None
-        self._sessions = 0
+        self._kept = messages.Kept()
 
     async def _listen(self, process: EngineProcess) -> None:
         """Take what the process says until it closes its end."""
@@ -368,6 +379,7 @@ class EngineHost:
                 self._tell(work, Progress(message.stage, message.done, message.total))
             case messages.Step():
                 work = self._work_of(message.job)
+                self._check_question(work, message)
                 self._deadlines.done(message.stage, max(0.0, message.took), message.work)
                 self._deadlines.begin(message.stage, message.next)
                 self._tell(
@@ -375,15 +387,22 @@ class EngineHost:
                 )
                 if message.text:
                     self._tell(work, Delta(message.text, message.question))
+            case messages.Planned():
+                work = self._work_of(message.job)
+                self._plan(work, message.plan)
+                self._tell(work, Planned(message.plan))
             case messages.Done():
-                completed = Completed(answers=message.answers, timings=message.timings)
-                self._finish(process, message.job, completed, message.sessions)
+                self._check_done(self._work_of(message.job), message)
+                completed = Completed(
+                    answers=message.answers, timings=message.timings, frames=message.frames
+                )
+                self._finish(process, message.job, completed, message)
             case messages.Failed():
                 failed = JobFailed(Code(message.code), message.message)
-                self._finish(process, message.job, failed, message.sessions)
+                self._finish(process, message.job, failed, message)
             case messages.Stopped():
                 stopped = JobStopped("the task was stopped")
-                self._finish(process, message.job, stopped, message.sessions)
+                self._finish(process, message.job, stopped, message)
 
     def _loaded(self, process: EngineProcess, message: messages.Loaded) -> None:
         if self._state is not EngineState.LOADING:
@@ -393,8 +412,8 @@ class EngineHost:
         self._deadlines.done("load", took)
         self._deadlines.end_task()
         self._info = message.info
-        self._sessions = message.sessions
-        self._base_mb = process.rss_mb()
+        self._kept = message.kept()
+        self._base_mb = self._size_mb(process)
         self._trouble = None
         self._state = EngineState.IDLE
         _log.info(
@@ -414,16 +433,40 @@ class EngineHost:
             raise BadMessage(f"about job {job}, which it does not have")
         return work
 
+    def _plan(self, work: _Work, plan: FramePlan) -> None:
+        """Take note of a task's plan, if it can be one."""
+        look = work.task.look
+        if look is None or len(plan.used) + len(plan.dropped) != len(look.frames):
+            frames = 0 if look is None else len(look.frames)
+            raise BadMessage(f"a plan for other frames than the {frames} it was given")
+        if work.planned:
+            raise BadMessage("planned, again")
+        work.plan, work.planned = plan, True
+
+    def _check_question(self, work: _Work, message: messages.Step) -> None:
+        questions = len(work.task.questions)
+        question = message.question
+        known = question is None if not questions else question in range(questions)
+        # the part that all questions share is nobody's, but text is always somebody's
+        if not known and (question is not None or message.text):
+            raise BadMessage(f"about question {question} of {questions}")
+
+    def _check_done(self, work: _Work, message: messages.Done) -> None:
+        if len(message.answers) != max(1, len(work.task.questions)):
+            raise BadMessage(f"{len(message.answers)} answers")
+        if message.frames != work.plan:
+            raise BadMessage("other frames than were planned")
+
     def _tell(self, work: _Work, update: Update | EdgedError) -> None:
         if not work.abandoned:
             work.updates.put_nowait(update)
 
     def _finish(
-        self, process: EngineProcess, job: int, end: Completed | EdgedError, sessions: int
+        self, process: EngineProcess, job: int, end: Completed | EdgedError, kept: messages.Kept
     ) -> None:
         work = self._work_of(job)
         self._running = None
-        self._sessions = sessions
+        self._kept = kept.kept()
         self._deadlines.end_task()
         self._restarts.worked()
         self._tell(work, end)
@@ -439,13 +482,20 @@ class EngineHost:
 
     def _grown(self, process: EngineProcess) -> str | None:
         """Return how much the process has grown, if that is too much."""
-        now, base = process.rss_mb(), self._base_mb
+        now, base = self._size_mb(process), self._base_mb
         if now is None or base is None:
             return None
         bound = max(base * self._recycle.share, self._recycle.mb)
         if now - base <= bound:
             return None
         return f"{now:.0f} MB of memory, {base:.0f} MB after the warm-up"
+
+    def _size_mb(self, process: EngineProcess) -> float | None:
+        """Return how large the process is without the frames that it may keep."""
+        size = process.rss_mb()
+        if size is None:
+            return None
+        return size - min(self._kept.cache_mb, self._order.frame_cache_mb)
 
     # Tasks -----------------------------------------------------------------------------------
 
@@ -462,10 +512,21 @@ class EngineHost:
         process = self._process
         if process is None:
             raise AssertionError("idle without a process")
+        task = work.task
+        if task.look is not None:
+            work.plan = task.look.plan
+            if task.look.left_s is not None:  # it may have waited long for its turn
+                left = max(0.0, task.look.left_s - (self._clock() - work.since))
+                task = replace(task, look=replace(task.look, left_s=left))
+        try:
+            process.send(messages.run(task), messages.body(task))
+        except TooLarge as error:
+            raise JobFailed(
+                Code.MEMORY, f"the engine cannot be given this job: {error.message}"
+            ) from None
         self._running = work
         self._state = EngineState.BUSY
         self._deadlines.begin("prepare")
-        process.send(messages.run(work.task))
 
     def _send_stop(self, work: _Work) -> None:
         if self._process is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edged.errors import EdgedError
 from edged.models.folder import ModelFolder
+from edged.models.geometry import Geometry
 
 #: Of what is available, by default.
 SHARE = 0.7
@@ -23,6 +24,11 @@ DEFAULT_CONTEXT = 4096
 _PACKED = 1.25
 #: MB: interpreter, libraries, thread stacks, and the activations of a chunk of prefill.
 _BASE_MB = 250.0
+#: MB that the encoder works in for one view (a crop, or a frame's global view) of _VIEW pixels a
+#: side, until it has been measured here: 45 to 60 were seen with the shape of CLIP's ViT-L/14-336
+#: (1024 wide, 16 heads, 577 positions; float32), for 2 to 17 views at once.
+_VIEW_MB = 64.0
+_VIEW = 336
 
 
 class TooLittleMemory(EdgedError):
@@ -41,18 +47,51 @@ class Need:
     feature_bytes: int
     context_length: int
     sessions: int = 1
+    #: That the encoder works in while it encodes a frame of one crop.
+    encoding_bytes: int = 0
+    #: Of encoded frames that are kept.
+    cache_bytes: int = 0
 
 
-def need_of(folder: ModelFolder) -> Need:
-    """Return what the model of a folder takes."""
+def need_of(folder: ModelFolder, *, frame_cache_mb: float = 0.0) -> Need:
+    """Return what the model of a folder takes.
+
+    Args:
+        folder: the model's. A vision model that is not fused loads its encoder and never uses it.
+        frame_cache_mb: what encoded frames may take, if it has vision.
+    """
+    fused = folder.fused
     return Need(
         weights_bytes=folder.weights_bytes,
         encoder_bytes=folder.encoder_bytes,
         kv_bytes=folder.kv_bytes,
-        # One row of float32 for each position, if frames are looked at.
-        feature_bytes=4 * folder.hidden_size if folder.encoder_bytes else 0,
+        feature_bytes=0 if fused is None else _NUMBER[fused.features] * folder.hidden_size,
         context_length=folder.context_length,
+        encoding_bytes=0 if fused is None else int(encoding_mb(fused.geometry, 1) * 1e6),
+        cache_bytes=0 if fused is None else int(frame_cache_mb * 1e6),
     )
+
+
+#: Bytes.
+_NUMBER = {"float32": 4, "float16": 2}
+
+
+def view_mb(geometry: Geometry) -> float:
+    """Return the MB that the encoder works in for one view, where it was not measured."""
+    return _VIEW_MB * (geometry.crop / _VIEW) ** 2
+
+
+def encoding_mb(geometry: Geometry, crops: int, view: float | None = None) -> float:
+    """Return the MB that encoding a frame takes at its peak: its pixels and what the encoder needs.
+
+    Args:
+        geometry: of the model.
+        crops: of the frame, its global view not counted.
+        view: MB a view, as measured.
+    """
+    each = view_mb(geometry) if view is None else view
+    pixels = 3 * geometry.crop**2 * 4 / 1e6
+    return (crops + 1) * (each + pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +103,15 @@ class Plan:
     encoder: float
     features: float
     sessions: float
+    frame_cache: float
     base: float
     limit: float
 
     @property
     def total(self) -> float:
         """The sum."""
-        return self.weights + self.encoder + self.features + self.sessions + self.base
+        parts = (self.weights, self.encoder, self.features, self.sessions, self.frame_cache)
+        return sum(parts) + self.base
 
     def as_dict(self) -> dict[str, float]:
         """Return the plan as `info` shows it."""
@@ -79,6 +120,7 @@ class Plan:
             "encoder": self.encoder,
             "feature_buffer": self.features,
             "sessions": self.sessions,
+            "frame_cache": self.frame_cache,
             "base": self.base,
             "total": self.total,
             "limit": self.limit,
@@ -127,9 +169,10 @@ def _plan(need: Need, context: int, limit: float) -> Plan:
     return Plan(
         context=context,
         weights=need.weights_bytes * _PACKED / 1e6,
-        encoder=need.encoder_bytes * _PACKED / 1e6,
+        encoder=(need.encoder_bytes * _PACKED + need.encoding_bytes) / 1e6,
         features=need.feature_bytes * context / 1e6,
         sessions=need.kv_bytes * context * need.sessions / 1e6,
+        frame_cache=need.cache_bytes / 1e6,
         base=_BASE_MB,
         limit=limit,
     )

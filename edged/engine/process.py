@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _PASSED_ON = (
 _LINE = 500
 _LINES_A_MINUTE = 120
 _READ = 1 << 16
+#: Bytes of a body written at once: more does not fit into a socket's buffer.
+_WRITE = 1 << 18
 
 _log = structlog.get_logger(__name__)
 
@@ -87,6 +90,9 @@ class EngineProcess:
         self._unpacker = wire.Unpacker(
             max_header=wire.MAX_ENGINE_HEADER, max_body=wire.MAX_ENGINE_BODY
         )
+        #: What could not be written at once, and the task that writes it.
+        self._outbox: deque[memoryview] = deque()
+        self._sending: asyncio.Task[None] | None = None
         self._output = asyncio.create_task(self._log_output(), name="edged.engine.output")
         self._oom_kills = oom_kills()
 
@@ -126,10 +132,21 @@ class EngineProcess:
         """Whether the process is gone."""
         return self._process.returncode is not None
 
-    def send(self, header: dict[str, Any]) -> None:
-        """Send a message; what a dead process does not read is dropped."""
-        if not self._writer.is_closing():
-            self._writer.write(wire.pack(header))
+    def send(self, header: dict[str, Any], body: Sequence[bytes] = ()) -> None:
+        """Send a message; what a dead process does not read is dropped.
+
+        Raises:
+            TooLarge: it was not sent.
+        """
+        head = wire.head(header, sum(map(len, body)))
+        if self._writer.is_closing():
+            return
+        if not body and self._sending is None:
+            self._writer.write(head)
+            return
+        self._outbox.extend(memoryview(part) for part in (head, *body))
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send(), name="edged.engine.send")
 
     async def messages(self) -> AsyncIterator[messages.FromEngine]:
         """Yield what the process says, until it closes its end.
@@ -160,6 +177,10 @@ class EngineProcess:
     async def wait(self) -> int:
         """Wait for the process's end, free what it held here, and return its status."""
         status = await self._process.wait()
+        if self._sending is not None:
+            self._sending.cancel()
+            await asyncio.wait({self._sending})
+        self._outbox.clear()
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
@@ -183,6 +204,20 @@ class EngineProcess:
         if status == EXIT_BUG:
             return DeathReason.EXIT, f"status {status}, a mistake of ours; the log has it"
         return DeathReason.EXIT, f"status {status}"
+
+    async def _send(self) -> None:
+        """Write what waits, piece by piece: a body is large, and the loop has more to do."""
+        try:
+            while self._outbox:
+                part = self._outbox.popleft()
+                for at in range(0, len(part), _WRITE):
+                    self._writer.write(part[at : at + _WRITE])
+                    await self._writer.drain()
+                    await asyncio.sleep(0)
+        except OSError:  # it has ended
+            self._outbox.clear()
+        finally:
+            self._sending = None
 
     async def _log_output(self) -> None:
         """Log what native libraries print, line by line and not without bound."""

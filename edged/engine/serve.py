@@ -6,13 +6,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
-from edged.engine import messages
+from edged.engine import footprint, messages
 from edged.engine.backend import Backend
 from edged.engine.exits import EXIT_BUG, EXIT_LOAD, EXIT_OOM
-from edged.engine.wire import Pipe
+from edged.engine.wire import Packet, Pipe
 from edged.errors import EdgedError, JobFailed, JobStopped
-from edged.ports import Task
+from edged.ports import FramePlan, Task
 
 #: How native libraries word a failed allocation; they raise it as a plain RuntimeError.
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "out of memory", "CUDA failure 2:")
@@ -31,34 +32,52 @@ def serve(pipe: Pipe, make_backend: Callable[[], Backend]) -> int:
     except EdgedError as error:
         pipe.send(asdict(messages.LoadFailed(message=error.message, hint=error.hint)))
         return EXIT_LOAD
-    pipe.send(asdict(messages.Loaded(info=info, sessions=backend.sessions)))
+    pipe.send(asdict(messages.Loaded(info=info, **_kept(backend))))
     while True:
-        word = pipe.receive().parse()
-        match word["t"]:
-            case "ping":
-                pipe.send(asdict(messages.Pong(n=word["n"])))
-            case "run":
-                status = _do(pipe, backend, messages.task_from(word))
-                if status is not None:
-                    return status
-            case "quit":
-                return 0
-            case _:  # a stop that came after its job's end
-                continue
+        status = _obey(pipe, backend, pipe.receive())
+        if status is not None:
+            return status
 
 
-def _do(pipe: Pipe, backend: Backend, task: Task) -> int | None:
-    """Do one task and report its end; return an exit status if the process is to be given up."""
-    desk = PipeDesk(pipe, task.job)
+def _obey(pipe: Pipe, backend: Backend, packet: Packet) -> int | None:
+    """Do what one message says; return an exit status if the process is to end."""
+    word = packet.parse()
+    match word["t"]:
+        case "ping":
+            pipe.send(asdict(messages.Pong(n=word["n"])))
+        case "run":
+            task = messages.task_from(word, packet.body)
+            saw = task.look is not None
+            del packet, word
+            desk = PipeDesk(pipe, task.job)
+            end = _do(backend, task, desk)
+            if isinstance(end, int):
+                return end
+            # the daemon looks at our size when it hears of the end: what was the job's is gone then
+            del task
+            if saw:
+                footprint.give_back()
+            pipe.send(asdict(end))
+            return 0 if desk.quit else None
+        case "quit":
+            return 0
+        case _:  # a stop that came after its job's end
+            pass
+    return None
+
+
+def _do(
+    backend: Backend, task: Task, desk: PipeDesk
+) -> messages.Done | messages.Failed | messages.Stopped | int:
+    """Do one task; return its end, or an exit status if the process is to be given up."""
     try:
         completed = backend.run(task, desk)
     except JobFailed as failed:
-        end = messages.Failed(
-            job=task.job, code=failed.code, message=failed.message, sessions=backend.sessions
+        return messages.Failed(
+            job=task.job, code=failed.code, message=failed.message, **_kept(backend)
         )
-        pipe.send(asdict(end))
     except JobStopped:
-        pipe.send(asdict(messages.Stopped(job=task.job, sessions=backend.sessions)))
+        return messages.Stopped(job=task.job, **_kept(backend))
     except EOFError:
         raise
     except MemoryError:
@@ -68,15 +87,18 @@ def _do(pipe: Pipe, backend: Backend, task: Task) -> int | None:
             return EXIT_OOM
         traceback.print_exc()
         return EXIT_BUG
-    else:
-        done = messages.Done(
-            job=task.job,
-            answers=completed.answers,
-            timings=completed.timings,
-            sessions=backend.sessions,
-        )
-        pipe.send(asdict(done))
-    return 0 if desk.quit else None
+    return messages.Done(
+        job=task.job,
+        answers=completed.answers,
+        timings=completed.timings,
+        frames=completed.frames,
+        **_kept(backend),
+    )
+
+
+def _kept(backend: Backend) -> dict[str, Any]:
+    cache_mb, cache_hits = backend.frame_cache
+    return {"sessions": backend.sessions, "cache_mb": cache_mb, "cache_hits": cache_hits}
 
 
 class PipeDesk:
@@ -127,6 +149,10 @@ class PipeDesk:
             }
         )
         self._since = now
+
+    def planned(self, plan: FramePlan) -> None:
+        """Tell what becomes of the frames."""
+        self._pipe.send(asdict(messages.Planned(job=self._job, plan=plan)))
 
     def check(self) -> None:
         """Hear the daemon, and stop if it says so."""

@@ -1,20 +1,22 @@
-"""Text jobs: a prompt, a prefill, tokens until one of the ways to end."""
+"""Answers: a prompt, a prefill, tokens until one of the ways to end. A text job is nothing else."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from edged.engine.backend import Desk
-from edged.engine.prompts import Prompts
+from edged.engine.prompts import Prompts, asked, text_bytes
 from edged.engine.sampling import Logits, Sampler
-from edged.engine.session import Session
+from edged.engine.session import Session, Sight
 from edged.engine.stops import StopFilter
 from edged.engine.tokens import Detokenizer, Vocabulary
 from edged.errors import Code, JobFailed
-from edged.ports import Answer, Completed, Task, Timings, Usage
+from edged.ports import Answer, Completed, Task, Timings, Turn, Usage
 
 Finish = Literal["stop", "length", "stop_string"]
 Schema = dict[str, Any] | bool
@@ -55,6 +57,8 @@ class TextModel:
     max_tokens: int
     #: Compiles a schema; None where guidance is not installed.
     compile: Callable[[Schema], Constraint] | None
+    #: The id that stands for a frame's tokens, which must never be said; None without vision.
+    placeholder: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,60 +73,130 @@ class Decoded:
     ended_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt to be answered, and the frames in it."""
+
+    prompt: list[int]
+    #: What the answer has to be; it serves one answer.
+    constraint: Constraint | None
+    sights: tuple[Sight, ...] = ()
+
+
 def run_text(model: TextModel, session: Session, task: Task, desk: Desk) -> Completed:
     """Do a text job; see `Backend.run`."""
     started = time.perf_counter()
     desk.begin("prepare")
-    prompt = prepare(model, task)
-    constraint = _constraint(model, task)
+    check_length(model, task)
+    asks = []
+    for messages in conversations(task):
+        prompt = model.prompts.build(messages)
+        check_fit(model, task, len(prompt))
+        asks.append(Ask(prompt, constraint(model, task)))
     desk.step(work=1, done=1, total=1)
-
-    prefill_at = time.perf_counter()
-    cached = session.prefill(prompt, task.client, desk)
-    prefilled_at = time.perf_counter()
-
-    decoded = decode(model, session, prompt, task, desk, constraint=constraint)
-    usage = Usage(prompt_tokens=len(prompt), cached_tokens=cached, completion_tokens=decoded.tokens)
-    generating = decoded.ended_at - decoded.first_at
-    return Completed(
-        answers=(finish(decoded, usage, constraint),),
-        timings=Timings(
-            prefill_ms=1000 * (prefilled_at - prefill_at),
-            ttft_ms=1000 * (decoded.first_at - started),
-            generate_ms=1000 * generating,
-            # the first token came with the prefill
-            tokens_per_second=(decoded.tokens - 1) / generating if generating > 0 else 0.0,
-        ),
-    )
+    answers, timings = answer(model, session, asks, task, desk, started=started)
+    return Completed(answers=answers, timings=timings)
 
 
-def prepare(model: TextModel, task: Task) -> list[int]:
-    """Return the prompt's ids, known to fit.
+def conversations(task: Task) -> list[tuple[Turn, ...]]:
+    """Return the conversations that a task wants answered: one for each of its questions."""
+    if not task.questions:
+        return [task.messages]
+    return [asked(task.messages, question) for question in task.questions]
+
+
+def check_length(model: TextModel, task: Task) -> None:
+    """Look at how long the texts are, before anything is tokenized.
 
     Raises:
-        JobFailed: it does not fit the context, or has text that cannot be encoded.
+        JobFailed: they are far too long.
     """
-    size = sum(len(m["content"].encode("utf-8", "replace")) for m in task.messages)
+    size = text_bytes(task.messages) + max(
+        (len(question.encode("utf-8", "replace")) for question in task.questions), default=0
+    )
     least = size // max(1, model.vocabulary.longest)
-    if least >= model.context:  # far too long: do not even tokenize it
+    if least >= model.context:
         raise JobFailed(
             Code.TOO_LONG,
             f"the prompt has at least {least} tokens, the context {model.context}: shorten it",
         )
-    prompt = model.prompts.build(task.messages)
-    if len(prompt) >= model.context:
+
+
+def check_fit(model: TextModel, task: Task, tokens: int) -> None:
+    """Look at whether a prompt of so many tokens leaves room for its answer.
+
+    Raises:
+        JobFailed: it does not.
+    """
+    if tokens >= model.context:
         raise JobFailed(
             Code.TOO_LONG,
-            f"the prompt has {len(prompt)} tokens, the context {model.context}: shorten it",
+            f"the prompt has {tokens} tokens, the context {model.context}: shorten it",
         )
-    if task.max_tokens is not None and len(prompt) + task.max_tokens > model.context:
+    if task.max_tokens is not None and tokens + task.max_tokens > model.context:
         raise JobFailed(
             Code.TOO_LONG,
-            f"the prompt's {len(prompt)} tokens and max_tokens {task.max_tokens} are "
-            f"{len(prompt) + task.max_tokens}, the context has {model.context}: shorten the "
+            f"the prompt's {tokens} tokens and max_tokens {task.max_tokens} are "
+            f"{tokens + task.max_tokens}, the context has {model.context}: shorten the "
             "prompt, or lower or leave out max_tokens",
         )
-    return prompt
+
+
+def answer(
+    model: TextModel,
+    session: Session,
+    asks: Sequence[Ask],
+    task: Task,
+    desk: Desk,
+    *,
+    started: float,
+) -> tuple[tuple[Answer, ...], Timings]:
+    """Answer prompts that fit, one after the other; what they share is computed once.
+
+    The first answer's usage is that of its whole prompt, a later one's that of what was computed
+    for it beyond what it shares with the one before it.
+
+    Args:
+        model: the loaded model.
+        session: what computes.
+        asks: in order; the task's questions, if it has any, else one.
+        task: how to answer.
+        desk: where it is reported.
+        started: `time.perf_counter()` when the engine's work began.
+
+    Raises:
+        JobFailed: an answer does not satisfy its schema.
+        JobStopped: the desk said so.
+    """
+    answers: list[Answer] = []
+    prefill_s, generate_s, later, first_at = 0.0, 0.0, 0, 0.0
+    for index, ask in enumerate(asks):
+        question = index if task.questions else None
+        began = time.perf_counter()
+        cached = session.prefill(
+            ask.prompt, task.client, desk, sights=ask.sights, question=question
+        )
+        prefill_s += time.perf_counter() - began
+        decoded = decode(
+            model, session, ask.prompt, task, desk, constraint=ask.constraint, question=question
+        )
+        counted = cached if answers else 0
+        usage = Usage(
+            prompt_tokens=len(ask.prompt) - counted,
+            image_tokens=sum(max(0, sight.end - max(counted, sight.start)) for sight in ask.sights),
+            cached_tokens=cached - counted,
+            completion_tokens=decoded.tokens,
+        )
+        answers.append(finish(decoded, usage, ask.constraint))
+        first_at = first_at or decoded.first_at
+        generate_s += decoded.ended_at - decoded.first_at
+        later += decoded.tokens - 1  # the first one came with the prefill
+    return tuple(answers), Timings(
+        prefill_ms=1000 * prefill_s,
+        ttft_ms=1000 * (first_at - started),
+        generate_ms=1000 * generate_s,
+        tokens_per_second=later / generate_s if generate_s > 0 else 0.0,
+    )
 
 
 def decode(
@@ -153,6 +227,8 @@ def decode(
     while True:
         desk.check()
         logits = session.logits()
+        if model.placeholder is not None:
+            logits[model.placeholder] = -np.inf
         if constraint is not None:
             constraint.narrow(logits)
         token = sampler.choose(logits)
@@ -202,7 +278,12 @@ def finish(decoded: Decoded, usage: Usage, constraint: Constraint | None) -> Ans
     )
 
 
-def _constraint(model: TextModel, task: Task) -> Constraint | None:
+def constraint(model: TextModel, task: Task) -> Constraint | None:
+    """Return what keeps one answer to the task's schema; None if it has none.
+
+    Raises:
+        JobFailed: the schema cannot be compiled, or nothing here can.
+    """
     if task.schema is None:
         return None
     if model.compile is None:

@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edged.errors import EdgedError
@@ -34,12 +34,16 @@ class BadMessage(EdgedError):
     """What came over the socket is no message."""
 
 
+class TooLarge(EdgedError):
+    """A message that the other end would not take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Packet:
     """One message as it lies on the wire: JSON text, not yet parsed, and raw bytes."""
 
     header: bytes
-    body: bytes = b""
+    body: bytes | bytearray = field(default=b"", repr=False)
 
     def parse(self) -> dict[str, Any]:
         """Return the header as a JSON object."""
@@ -52,23 +56,55 @@ class Packet:
         return value
 
 
+def head(header: dict[str, Any], size: int = 0) -> bytes:
+    """Return what a message begins with: all of it but its body of `size` bytes.
+
+    Raises:
+        TooLarge: the other end would take it for stray bytes.
+    """
+    if size > MAX_BODY:
+        raise TooLarge(f"a message of {size / 1e6:.1f} MB, at most {MAX_BODY / 1e6:.1f} MB go")
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
+    if len(text) > MAX_HEADER:
+        raise TooLarge(f"{len(text) / 1e6:.1f} MB of text, at most {MAX_HEADER / 1e6:.1f} MB go")
+    return _PREFIX.pack(MAGIC, len(text), size) + text
+
+
 def pack(header: dict[str, Any], body: bytes = b"") -> bytes:
     """Return a message's bytes."""
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("ascii")
-    return b"".join((_PREFIX.pack(MAGIC, len(text), len(body)), text, body))
+    return head(header, len(body)) + body
 
 
 class Unpacker:
-    """Cuts a stream of bytes into packets."""
+    """Cuts a stream of bytes into packets.
+
+    The bytes are given to `feed`; those of a body may also be read straight to where they belong,
+    which `room` tells, and counted with `filled`: a body can be a good part of the memory.
+    """
 
     def __init__(self, *, max_header: int = MAX_HEADER, max_body: int = MAX_BODY) -> None:
         self._max_header = max_header
         self._max_body = max_body
+        #: What is not cut yet.
         self._buffer = bytearray()
+        #: Of the packet whose body is on its way: its header, its body, and how much is there.
+        self._header: bytes | None = None
+        self._body = bytearray()
+        self._there = 0
 
     def feed(self, data: bytes) -> None:
         """Add bytes as they came."""
         self._buffer += data
+
+    def room(self) -> memoryview | None:
+        """Return the part of a body that is still to come; None while no body is on its way."""
+        if self._header is None or self._buffer:
+            return None
+        return memoryview(self._body)[self._there :]
+
+    def filled(self, count: int) -> None:
+        """Take note that so many bytes were read into `room`."""
+        self._there += count
 
     def __iter__(self) -> Iterator[Packet]:
         """Yield the packets that are whole.
@@ -77,23 +113,43 @@ class Unpacker:
             BadMessage: the stream is not ours or claims an impossible length; nothing after it
                 can be trusted.
         """
-        while len(self._buffer) >= _PREFIX.size:
-            magic, header, body = _PREFIX.unpack_from(self._buffer)
-            if magic != MAGIC:
-                raise BadMessage("stray bytes between messages")
-            if header > self._max_header or body > self._max_body:
-                raise BadMessage(f"an impossible length: {header} + {body} bytes")
-            end = _PREFIX.size + header + body
-            if len(self._buffer) < end:
+        while self._header is not None or self._begin():
+            missing = len(self._body) - self._there
+            if missing and self._buffer:
+                data = self._cut(min(missing, len(self._buffer)))
+                self._body[self._there : self._there + len(data)] = data
+                self._there += len(data)
+            if self._there < len(self._body):
                 return
-            view = bytes(self._buffer[_PREFIX.size : end])
-            del self._buffer[:end]
-            yield Packet(view[:header], view[header:])
+            packet = Packet(self._header or b"", self._body)
+            self._header, self._body, self._there = None, bytearray(), 0
+            yield packet
 
     @property
     def waiting(self) -> int:
         """Bytes of a packet that is not whole yet."""
-        return len(self._buffer)
+        return len(self._buffer) + len(self._header or b"") + self._there
+
+    def _begin(self) -> bool:
+        """Cut off the next packet's header, if it is all there."""
+        if len(self._buffer) < _PREFIX.size:
+            return False
+        magic, header, body = _PREFIX.unpack_from(self._buffer)
+        if magic != MAGIC:
+            raise BadMessage("stray bytes between messages")
+        if header > self._max_header or body > self._max_body:
+            raise BadMessage(f"an impossible length: {header} + {body} bytes")
+        if len(self._buffer) < _PREFIX.size + header:
+            return False
+        self._header = self._cut(_PREFIX.size + header)[_PREFIX.size :]
+        self._body, self._there = bytearray(body), 0
+        return True
+
+    def _cut(self, size: int) -> bytes:
+        with memoryview(self._buffer) as view:
+            data = bytes(view[:size])
+        del self._buffer[:size]
+        return data
 
 
 class Pipe:
@@ -139,13 +195,19 @@ class Pipe:
             self._socket.close()
 
     def _read(self) -> None:
+        room = self._unpacker.room()
         try:
-            data = self._socket.recv(_READ)
+            if room is not None:
+                count = self._socket.recv_into(room)
+                self._unpacker.filled(count)
+            else:
+                data = self._socket.recv(_READ)
+                count = len(data)
+                self._unpacker.feed(data)
         except ConnectionError:
-            data = b""
-        if not data:
+            count = 0
+        if not count:
             raise EOFError("the daemon has closed the engine's socket")
-        self._unpacker.feed(data)
         self._packets.extend(self._unpacker)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import edged
 from edged.engine.host import EngineHost
 from edged.engine.messages import Order
-from edged.ports import Completed, Delta, Progress, Task, Update
+from edged.ports import Completed, Delta, Look, Progress, Task, Turn, Update
 
 SELFTEST = Path(edged.__file__).parent / "selftest" / "model"
+_OF_LOOK = ("detail", "window_min", "left_s", "plan")
 PHI4 = Path(__file__).resolve().parents[1] / "models" / "phi4-mini"
 
 
@@ -26,6 +28,36 @@ def order(path: Path = SELFTEST, **changes: Any) -> Order:
 def task(prompt: str, job: int = 1, client: str | None = "c", **changes: Any) -> Task:
     """A task with one question."""
     return Task(job=job, client=client, messages=({"role": "user", "content": prompt},), **changes)
+
+
+def frames(count: int, size: int = 64) -> tuple[bytes, ...]:
+    """Different frames: PNG, `size` pixels a side, each of one colour."""
+    return tuple(_png(size, bytes((n * 37 % 256, n * 91 % 256, n % 256))) for n in range(count))
+
+
+def _png(size: int, colour: bytes) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4)
+
+    head = size.to_bytes(4) * 2 + bytes((8, 2, 0, 0, 0))
+    rows = (b"\0" + colour * size) * size
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def seeing(
+    prompt: str, pictures: Sequence[bytes] = frames(2), job: int = 1, **changes: Any
+) -> Task:
+    """A task with one question about frames; `changes` may be the task's or the look's."""
+    of_task = {name: changes.pop(name) for name in tuple(changes) if name not in _OF_LOOK}
+    content: list[str | int] = [*range(len(pictures)), prompt]
+    look = Look(frames=tuple(pictures), **changes)
+    turn: Turn = {"role": "user", "content": content}
+    return Task(job=job, client="c", messages=(turn,), look=look, **of_task)
 
 
 @asynccontextmanager

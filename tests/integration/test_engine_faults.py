@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edged.engine import messages, wire
 from edged.engine.deadlines import Limits
-from edged.engine.faulty import faulty_command
+from edged.engine.faulty import NO_VISION, faulty_command
 from edged.engine.host import EngineHost, Recycle
 from edged.engine.restarts import Backoff
 from edged.errors import Code, DeathReason, EngineDied, JobFailed, JobStopped
-from edged.ports import Completed, Delta, EngineState, Progress, Update
+from edged.ports import (
+    Completed,
+    Delta,
+    DroppedFrame,
+    EngineState,
+    FramePlan,
+    Planned,
+    PlannedFrame,
+    Progress,
+    Task,
+    Update,
+)
 from tests.integration.engine_kit import (
     alive,
     completed,
     eventually,
+    frames,
     order,
     reach,
     running,
+    seeing,
     task,
     text,
     updates,
@@ -42,10 +58,26 @@ def host(*options: str, **changes: Any) -> EngineHost:
     return EngineHost(order(), command=faulty_command(*options), **{"backoff": QUICK, **changes})
 
 
-async def death(engine: EngineHost, script: str) -> EngineDied:
+async def death(engine: EngineHost, script: str | Task) -> EngineDied:
     with pytest.raises(EngineDied) as caught:
-        await updates(engine, task(script))
+        await updates(engine, task(script) if isinstance(script, str) else script)
     return caught.value
+
+
+def tight(message: dict[str, Any]) -> str:
+    """JSON without blanks."""
+    return json.dumps(message, separators=(",", ":"))
+
+
+USED = [{"index": 0, "crops": 1, "tokens": 313}, {"index": 1, "crops": 1, "tokens": 313}]
+PLAN = {"used": USED, "dropped": []}
+ANSWER = {"text": "", "finish_reason": "stop", "usage": {}}
+DONE = {"t": "done", "job": 1, "answers": [ANSWER], "timings": {}}
+STEP = {"stage": "token", "work": 1, "took": 0.1, "next": 1, "done": 1, "total": 2, "text": "x"}
+
+
+def digests(pictures: tuple[bytes, ...]) -> list[str]:
+    return [hashlib.sha256(picture).hexdigest()[:16] for picture in pictures]
 
 
 async def drain(stream: AsyncIterator[Update], into: list[Update]) -> None:
@@ -180,6 +212,38 @@ async def test_an_engine_that_grew_is_replaced_between_jobs_and_no_job_pays() ->
         rss = engine.status.rss_mb
         assert rss is not None
         assert rss < 120
+
+
+async def test_what_a_job_took_and_gave_back_does_not_replace_its_engine() -> None:
+    async with running(host(recycle=Recycle(share=0.0, mb=40))) as engine:
+        await engine.wait_ready()
+        first = engine.pid
+        large = tuple(bytes([n]) * 8_000_000 for n in range(8))
+        for script in ("!peak 200 !say one", "!peak 200 !fail memory", "!peak 200 !say two"):
+            with suppress(JobFailed):
+                await completed(engine, seeing(script, large))
+        assert await text(engine, task("three")) == "three"
+        assert (engine.pid, engine.status.restarts) == (first, 0)
+
+
+async def test_frames_that_are_kept_do_not_replace_their_engine() -> None:
+    few = EngineHost(
+        order(frame_cache_mb=1000.0),
+        command=faulty_command(),
+        recycle=Recycle(share=0.0, mb=40),
+        backoff=QUICK,
+    )
+    async with running(few) as engine:
+        kept = {"sessions": 1, "cache_mb": 90.0, "cache_hits": 0}
+        done = {"t": "failed", "job": 1, "code": "memory", "message": "", **kept}
+        script = f"!leak 90 !claim {tight(done)}"
+        with pytest.raises(JobFailed):
+            await updates(engine, task(script))
+        assert engine.status.frame_cache_mb == 90.0
+        assert engine.status.state is EngineState.IDLE
+        assert engine.status.restarts == 0
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)  # it hangs and would not hear that it should end
 
 
 @pytest.mark.parametrize("stage", ["prefill", "token"])
@@ -441,9 +505,303 @@ async def test_what_a_native_library_prints_is_logged_in_bounded_lines(
     assert engine.status.last_reason == "exit: status 9"
 
 
+# Frames -----------------------------------------------------------------------------------------
+
+
+async def test_frames_arrive_as_they_are_and_in_order() -> None:
+    several = (*frames(3), os.urandom(3_000_001), b"", frames(4)[3])
+    async with running(host()) as engine:
+        assert (await text(engine, seeing("!frames", several))).split() == digests(several)
+        assert (await text(engine, seeing("!frames", several[::-1]))).split() == digests(
+            several[::-1]
+        )
+        assert await text(engine, task("!frames !say none")) == "none"
+
+
+async def test_a_plan_is_told_once_and_before_what_follows_from_it() -> None:
+    async with running(host()) as engine:
+        happened = await updates(engine, seeing("!drop 1 !say seen", frames(3)))
+        plan = FramePlan(
+            used=(PlannedFrame(0, 1, 313), PlannedFrame(2, 1, 313)),
+            dropped=(DroppedFrame(1, "as the prompt asked"),),
+        )
+        assert [update for update in happened if isinstance(update, Planned)] == [Planned(plan)]
+        stages = [
+            update.stage if isinstance(update, Progress) else type(update).__name__
+            for update in happened
+        ]
+        assert list(dict.fromkeys(stages)) == [
+            *("prepare", "decode_images", "Planned", "encode", "token", "Delta", "Completed")
+        ]
+        last = happened[-1]
+        assert isinstance(last, Completed)
+        assert last.frames == plan
+        assert last.answers[0].usage.image_tokens == 626
+
+
+async def test_the_plan_of_an_earlier_start_is_kept() -> None:
+    plan = FramePlan(
+        used=(PlannedFrame(2, 4, 757),),
+        dropped=(DroppedFrame(0, "no room"), DroppedFrame(1, "no \u201croom\u201d")),
+    )
+    async with running(host()) as engine:
+        happened = await updates(engine, seeing("!drop 2 !plan", frames(3), plan=plan))
+    assert not [update for update in happened if isinstance(update, Planned)]
+    last = happened[-1]
+    assert isinstance(last, Completed)
+    assert last.frames == plan
+    assert json.loads(last.answers[0].text)["used"] == [{"index": 2, "crops": 4, "tokens": 757}]
+
+
+async def test_a_plan_that_can_no_longer_be_kept_is_replaced_and_told() -> None:
+    new = {"used": USED[:1], "dropped": [{"index": 1, "reason": "small"}]}
+    kept = FramePlan((PlannedFrame(0, 1, 313), PlannedFrame(1, 1, 313)))
+    claims = {"t": "planned", "job": 1, "plan": new}, DONE | {"frames": new}
+    async with running(host()) as engine:
+        said = f"!tell {tight(claims[0])} !claim {tight(claims[1])}"
+        happened = await updates(engine, seeing(said, plan=kept))
+        (planned,) = (update for update in happened if isinstance(update, Planned))
+        last = happened[-1]
+        assert isinstance(last, Completed)
+        assert last.frames == planned.plan != kept
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)  # it hangs, see `!claim`
+        await eventually(lambda: engine.status.restarts == 1)
+        said = f"!tell {tight(claims[0])} !claim {tight(DONE | {'frames': PLAN})}"
+        died = await death(engine, seeing(said, plan=kept))
+        assert "other frames than were planned" in died.detail
+
+
+async def test_frames_that_do_not_fit_are_dropped_the_oldest_first() -> None:
+    async with running(host()) as engine:
+        plan = (await completed(engine, seeing("look at these", frames(15), max_tokens=20))).frames
+    assert plan is not None
+    assert [frame.index for frame in plan.used] == list(range(2, 15))
+    assert plan.dropped == (DroppedFrame(0, "no room"), DroppedFrame(1, "no room"))
+
+
+async def test_each_question_has_its_answer() -> None:
+    asked = ("!say a b", "!tokens 3 0", "third echoed", "!frames")
+    async with running(host()) as engine:
+        happened = await updates(engine, seeing("", questions=asked, max_tokens=2))
+    last = happened[-1]
+    assert isinstance(last, Completed)
+    texts = [answer.text for answer in last.answers]
+    assert texts == ["a b", "w0 w1", "third echoed", " ".join(digests(frames(2)))]
+    assert [answer.finish_reason for answer in last.answers] == ["stop", "length", "stop", "stop"]
+    assert [answer.usage.image_tokens for answer in last.answers] == [626, 0, 0, 0]
+    for question, said in enumerate(texts):
+        deltas = [u for u in happened if isinstance(u, Delta) and u.question == question]
+        assert "".join(delta.text for delta in deltas) == said
+
+
+async def test_what_is_kept_of_frames_is_told_and_forgotten_with_the_process() -> None:
+    few = EngineHost(order(frame_cache_mb=3.0), command=faulty_command(), backoff=QUICK)
+
+    def kept() -> tuple[float, int]:
+        return few.status.frame_cache_mb, few.status.frame_cache_hits
+
+    async with running(few) as engine:
+        await completed(engine, seeing("first", frames(2)))
+        assert kept() == (2.0, 0)
+        happened = await updates(engine, seeing("again, and one more", frames(3)))
+        assert kept() == (3.0, 2)
+        encoded = [u for u in happened if isinstance(u, Progress) and u.stage == "encode"]
+        assert [(u.done, u.total) for u in encoded] == [(0, 1), (1, 1)]
+        with pytest.raises(JobFailed):
+            await updates(engine, seeing("!fail memory", frames(5)))
+        assert kept() == (3.0, 5)
+        await death(engine, "!exit 3")
+        await engine.wait_ready()
+        assert kept() == (0.0, 0)
+
+
+async def test_an_engine_without_vision_says_why_and_fails_what_needs_it() -> None:
+    async with running(host("--no-vision")) as engine:
+        info = await engine.wait_ready()
+        assert (info.vision, info.no_vision) == (False, NO_VISION)
+        with pytest.raises(JobFailed) as caught:
+            await updates(engine, seeing("look"))
+        assert (caught.value.code, caught.value.message) == (Code.UNSUPPORTED, NO_VISION)
+        assert await text(engine, task("text goes")) == "text goes"
+    async with running(host()) as engine:
+        info = await engine.wait_ready()
+        assert (info.vision, info.no_vision) == (True, None)
+
+
+@pytest.mark.parametrize("stage", ["decode_images", "encode"])
+async def test_a_hung_decoder_or_encoder_is_killed_at_its_deadline(stage: str) -> None:
+    limits = Limits(floor_s=0.3, first_s=0.4, first_load_s=30)
+    script = f"!{stage.removesuffix('_images')} 4 3600000"
+    async with running(host(limits=limits)) as engine:
+        await engine.wait_ready()
+        began = time.monotonic()
+        died = await death(engine, seeing(script))
+        assert died.reason is DeathReason.DEADLINE
+        assert f"{stage} took longer than" in died.detail
+        assert time.monotonic() - began < 10
+        assert await text(engine, seeing("seen")) == "seen"
+
+
+@pytest.mark.parametrize("stage", ["decode_images", "encode"])
+async def test_a_stop_is_heard_between_two_frames(stage: str) -> None:
+    script = f"!{stage.removesuffix('_images')} 200 20"
+    async with running(host()) as engine:
+        stream = engine.execute(seeing(script))
+        await reach(stream, stage, 1)
+        engine.stop(1)
+        rest: list[Update] = []
+        with pytest.raises(JobStopped):
+            await drain(stream, rest)
+        assert len([update for update in rest if isinstance(update, Progress)]) <= 2
+        assert await text(engine, seeing("after it", job=2)) == "after it"
+        assert engine.status.restarts == 0
+
+
+@pytest.mark.parametrize("stage", ["decode_images", "encode"])
+async def test_a_kill_while_frames_are_worked_on_costs_one_attempt(stage: str) -> None:
+    script = f"!{stage.removesuffix('_images')} 200 20"
+    async with running(host()) as engine:
+        stream = engine.execute(seeing(script))
+        await reach(stream, stage, 1)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            await drain(stream, [])
+        assert await text(engine, seeing("second attempt")) == "second attempt"
+        assert engine.status.restarts == 1
+
+
+async def test_frames_on_their_way_hold_up_nobody() -> None:
+    large = tuple(os.urandom(1_000_000) * 10 for _ in range(8))
+    async with running(host()) as engine:
+        await engine.wait_ready()
+        assert engine.pid is not None
+        await paused(engine.pid)
+        reading = asyncio.ensure_future(drain(engine.execute(seeing("!frames", large)), []))
+        await eventually(lambda: engine.status.state is EngineState.BUSY)
+        longest = 0.0
+        for _ in range(100):
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.perf_counter() - began)
+        assert longest < 0.25
+        assert engine._process is not None
+        assert engine._process._writer.transport.get_write_buffer_size() < 1_000_000
+        engine.stop(1)  # goes after the frames, not between them
+        os.kill(engine.pid, signal.SIGCONT)
+        with pytest.raises(JobStopped):
+            await reading
+        assert (await text(engine, seeing("!frames", large))).split() == digests(large)
+        assert engine.status.restarts == 0
+
+
+async def test_an_engine_that_ends_while_frames_are_on_their_way_is_replaced() -> None:
+    large = (os.urandom(1_000_000) * 50,)
+    async with running(host()) as engine:
+        await engine.wait_ready()
+        assert engine.pid is not None
+        await paused(engine.pid)
+        reading = asyncio.ensure_future(drain(engine.execute(seeing("!frames", large)), []))
+        await eventually(lambda: engine.status.state is EngineState.BUSY)
+        await asyncio.sleep(0.05)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            await reading
+        assert (await text(engine, seeing("!frames", large))).split() == digests(large)
+
+
+async def test_more_frames_than_can_be_sent_fail_their_job_and_not_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with running(host()) as engine:
+        await engine.wait_ready()
+        monkeypatch.setattr(wire, "MAX_BODY", 1_500_000)
+        with pytest.raises(JobFailed) as caught:
+            await updates(engine, seeing("look", [bytes(800_000)] * 2))
+        assert caught.value.code is Code.MEMORY
+        assert "1.6 MB, at most 1.5 MB" in caught.value.message
+        assert engine.status.state is EngineState.IDLE
+        assert await text(engine, seeing("one less", [bytes(800_000)])) == "one less"
+        assert engine.status.restarts == 0
+
+
+async def test_the_time_a_task_waited_is_not_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Task] = []
+    run = messages.run
+
+    def watched(task_: Task) -> dict[str, Any]:
+        given.append(task_)
+        return run(task_)
+
+    monkeypatch.setattr(messages, "run", watched)
+    async with running(host()) as engine:
+        await engine.wait_ready()
+        first = asyncio.create_task(updates(engine, seeing("!encode 1 200", left_s=None)))
+        await asyncio.sleep(0)
+        await updates(engine, seeing("second", job=2, left_s=60.0))
+        await updates(engine, seeing("third", job=3, left_s=0.0))
+        await first
+    left = [None if task_.look is None else task_.look.left_s for task_ in given]
+    assert left[0] is None
+    assert left[1] is not None
+    assert 30.0 < left[1] < 59.9
+    assert left[2] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("claim", "detail"),
+    [
+        ({"t": "planned", "job": 1, "plan": {"used": "all", "dropped": []}}, "plan.used"),
+        (
+            {"t": "planned", "job": 1, "plan": {**PLAN, "used": [USED[0] | {"index": "0"}]}},
+            "valid integer",
+        ),
+        ({"t": "planned", "job": 1, "plan": {**PLAN, "used": USED[1:]}}, "not each frame once"),
+        ({"t": "planned", "job": 1, "plan": {**PLAN, "used": USED[:1]}}, "than the 2 it was"),
+        ({"t": "planned", "job": 1, "plan": PLAN}, "planned, again"),
+        ({"t": "planned", "job": 9, "plan": PLAN}, "about job 9"),
+        (DONE, "other frames than were planned"),
+        (DONE | {"frames": PLAN, "answers": []}, "0 answers"),
+        (DONE | {"frames": PLAN, "answers": [ANSWER, ANSWER]}, "2 answers"),
+        (DONE | {"frames": PLAN, "cache_hits": -1}, "cache_hits"),
+        ({"t": "step", "job": 1, **STEP, "question": 0}, "about question 0 of 0"),
+    ],
+)
+async def test_an_engine_that_says_what_cannot_be_is_replaced(
+    claim: dict[str, Any], detail: str
+) -> None:
+    script = f"!claim {tight(claim)}"
+    async with running(host()) as engine:
+        died = await death(engine, seeing(script))
+        assert died.reason is DeathReason.GARBAGE
+        assert detail in died.detail
+        assert await text(engine, seeing("the next one is served")) == "the next one is served"
+        assert engine.status.restarts == 1
+
+
+@pytest.mark.parametrize("question", [None, 2, -1])
+async def test_text_of_a_question_that_was_not_asked_replaces_the_engine(
+    question: int | None,
+) -> None:
+    claim = {"t": "step", "job": 1, **STEP, "question": question}
+    script = f"!claim {tight(claim)}"
+    async with running(host()) as engine:
+        died = await death(engine, seeing("", questions=(script, "other")))
+        assert died.reason is DeathReason.GARBAGE
+        assert f"about question {question} of 2" in died.detail
+
+
+async def test_a_plan_for_a_text_job_replaces_the_engine() -> None:
+    claim = {"t": "planned", "job": 1, "plan": {"used": [], "dropped": []}}
+    async with running(host()) as engine:
+        died = await death(engine, f"!claim {tight(claim)}")
+        assert (died.reason, "than the 0" in died.detail) == (DeathReason.GARBAGE, True)
+
+
 ORPHANS = """
 import asyncio, sys
-from edged.engine.faulty import faulty_command
+from edged.engine.faulty import NO_VISION, faulty_command
 from edged.engine.host import EngineHost
 from edged.engine.messages import Order
 from edged.ports import Task

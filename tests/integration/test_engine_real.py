@@ -59,7 +59,7 @@ async def test_a_model_is_loaded_and_says_what_it_is(engine: EngineHost) -> None
     assert info.json_schema
     assert info.max_context == 4096
     assert info.threads >= 1
-    parts = ("weights", "encoder", "feature_buffer", "sessions", "base")
+    parts = ("weights", "encoder", "feature_buffer", "sessions", "frame_cache", "base")
     assert info.memory["total"] == pytest.approx(sum(info.memory[p] for p in parts), abs=0.5)
     assert info.memory["total"] <= info.memory["limit"]
     assert "onnxruntime-genai" in info.versions

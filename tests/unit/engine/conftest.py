@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import edged
-from edged.engine.prompts import STYLES, Message, Prompts, Style
+from edged.engine.prompts import STYLES, Prompts, Style
 from edged.engine.tokens import Vocabulary, read_vocabulary
 from edged.models.folder import inspect
+from edged.ports import Turn
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = {
@@ -30,7 +31,7 @@ class Kit:
     folder: Path
     model: Any
     encode: Callable[[str], list[int]]
-    template: Callable[[Sequence[Message]], str]
+    template: Callable[[Sequence[Turn]], str]
     vocabulary: Vocabulary
     style: Style
     prompts: Prompts
@@ -46,7 +47,7 @@ def _kit(name: str) -> Kit:
     def encode(text: str) -> list[int]:
         return [int(i) for i in tokenizer.encode(text)]
 
-    def template(messages: Sequence[Message]) -> str:
+    def template(messages: Sequence[Turn]) -> str:
         return str(tokenizer.apply_chat_template(json.dumps(list(messages))))
 
     vocabulary = read_vocabulary(folder / "tokenizer.json")

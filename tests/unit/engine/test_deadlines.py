@@ -56,6 +56,15 @@ def test_a_prefill_scales_with_its_tokens(deadlines: Deadlines) -> None:
     assert deadlines.limit("prefill", 1) == 320
 
 
+def test_encoding_scales_with_the_crops_of_a_frame(deadlines: Deadlines, clock: Clock) -> None:
+    deadlines.done("encode", 16.0, work=2)  # 8 seconds a crop
+    assert deadlines.limit("encode", 2) == 160
+    deadlines.begin("encode", work=17)
+    assert deadlines.left() == 1360
+    clock.now += 1361
+    assert deadlines.left() == -1
+
+
 def test_only_the_recent_past_counts(deadlines: Deadlines) -> None:
     deadlines.done("load", 500.0)
     deadlines.end_task()

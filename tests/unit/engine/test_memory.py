@@ -64,15 +64,18 @@ def test_every_part_is_in_the_sum() -> None:
         feature_bytes=500,
         context_length=512,
         sessions=2,
+        encoding_bytes=1_500_000,
+        cache_bytes=7_000_000,
     )
     table = plan(need, available_mb=1000).as_dict()
     assert table == {
         "weights": 10.0,
-        "encoder": 5.0,
+        "encoder": 6.5,
         "feature_buffer": 0.3,
         "sessions": 1.0,
+        "frame_cache": 7.0,
         "base": 250.0,
-        "total": 266.3,
+        "total": 274.8,
         "limit": 700.0,
     }
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edged.engine.session import Chunks, Session
+from edged.engine.session import Chunks, Session, Sight
 from edged.errors import JobStopped
 
 
@@ -43,6 +43,9 @@ class Desk:
 
     def step(self, *, work: int, done: int, total: int, **_: Any) -> None:
         self.steps.append((work, done, total))
+
+    def planned(self, plan: Any) -> None:
+        raise AssertionError("a session plans nothing")
 
     def check(self) -> None:
         if self.stop_after is not None and len(self.steps) >= self.stop_after:
@@ -144,3 +147,173 @@ def test_chunks_aim_at_two_seconds_within_their_bounds() -> None:
     assert chunks.size == 512
     chunks.took(512, 0.0)
     assert chunks.size == 512
+
+
+# Frames -------------------------------------------------------------------------------------------
+
+ROWS, WIDTH, IMAGE = 32, 4, 0
+
+
+class SeeingGenerator(FakeGenerator):
+    """Notes what it reads of the features at each position, as the fused graph does."""
+
+    def __init__(self, log: list[Any], features: np.ndarray[Any, Any]) -> None:
+        super().__init__(log)
+        self.features = features
+        self.read: list[float] = []
+
+    def append_tokens(self, ids: np.ndarray[Any, Any]) -> None:
+        for position, token in enumerate(ids.tolist(), len(self.ids)):
+            self.read.append(float(self.features[position, 0]) if token == IMAGE else -1.0)
+        super().append_tokens(ids)
+
+    def rewind_to(self, length: int) -> None:
+        super().rewind_to(length)
+        del self.read[length:]
+
+
+def sight(start: int, count: int, what: int, *, crops: int = 1, rows: bool = True) -> Sight:
+    """A frame whose row n is what + n / 100, in every column."""
+    features = np.repeat(what + np.arange(count)[:, None] / 100, WIDTH, 1)
+    return Sight(
+        start=start,
+        end=start + count,
+        key=(bytes([what]), crops),
+        rows=features.astype(np.float32) if rows else None,
+    )
+
+
+class Seeing:
+    def __init__(self, *, rewinds: bool = True) -> None:
+        self.log: list[Any] = []
+        self.features = np.zeros((ROWS, WIDTH), np.float32)
+        self.made: list[SeeingGenerator] = []
+        self.session = Session(
+            self.make, Chunks(first=4, least=4, most=4), features=self.features, rewinds=rewinds
+        )
+
+    def make(self) -> SeeingGenerator:
+        self.made.append(SeeingGenerator(self.log, self.features))
+        return self.made[-1]
+
+    def look(self, *frames: Sight, text: int = 7, client: str = "c", desk: Any = None) -> int:
+        """Prefill a token, the frames, and two tokens."""
+        end = frames[-1].end if frames else 1
+        prompt = [5] + [IMAGE] * (end - 1) + [text, text]
+        return self.session.prefill(prompt, client, desk or Desk(), sights=frames)
+
+    @property
+    def read(self) -> list[float]:
+        return [round(value, 2) for value in self.made[-1].read]
+
+    def rows(self) -> list[int]:
+        """The positions whose rows are not zero."""
+        return np.flatnonzero(self.features.any(axis=1)).tolist()
+
+
+def seen(what: int, count: int) -> list[float]:
+    return [round(what + n / 100, 2) for n in range(count)]
+
+
+@pytest.fixture
+def seeing() -> Seeing:
+    return Seeing()
+
+
+def test_features_are_at_their_positions_before_their_tokens_are_computed(seeing: Seeing) -> None:
+    assert seeing.look(sight(1, 6, 1), sight(7, 3, 2)) == 0
+    assert seeing.read == [-1, *seen(1, 6), *seen(2, 3), -1, -1]
+    assert seeing.rows() == [*range(1, 10)]
+
+
+def test_a_position_is_the_same_only_if_the_same_is_seen_there(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1), sight(7, 3, 2))
+    assert seeing.look(sight(1, 6, 1), sight(7, 3, 3)) == 7
+    assert seeing.read == [-1, *seen(1, 6), *seen(3, 3), -1, -1]
+    assert seeing.look(sight(1, 6, 3), sight(7, 3, 1)) == 1
+    assert seeing.read == [-1, *seen(3, 6), *seen(1, 3), -1, -1]
+    assert seeing.look(sight(1, 6, 3, crops=2), sight(7, 3, 1)) == 1
+    # as many tokens, but cut into other frames
+    assert seeing.look(sight(1, 3, 3, crops=2), sight(4, 6, 1)) == 1
+
+
+def test_another_question_or_frame_costs_only_itself(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1), sight(7, 3, 2))
+    known = (sight(1, 6, 1, rows=False), sight(7, 3, 2, rows=False))
+    assert seeing.look(*known, text=8) == 10
+    assert seeing.look(*known, sight(10, 4, 4), text=8) == 10
+    assert seeing.read == [-1, *seen(1, 6), *seen(2, 3), *seen(4, 4), -1, -1]
+    assert seeing.look(*known[:1]) == 7
+    assert seeing.rows() == [*range(1, 7)]
+
+
+def test_rows_beyond_the_live_frames_are_zero(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1), sight(7, 9, 2))
+    seeing.look(sight(1, 2, 3))
+    assert seeing.rows() == [1, 2]
+    seeing.look(text=3)
+    assert seeing.rows() == []
+    seeing.look(sight(1, 6, 1))
+    seeing.session.drop()
+    assert seeing.rows() == []
+
+
+def test_frames_that_are_held_need_no_rows_and_others_do(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1))
+    with pytest.raises(AssertionError, match="no features"):
+        seeing.look(sight(1, 6, 1, rows=False), sight(7, 2, 2, rows=False))
+
+
+def test_the_frames_held_whole_are_told_to_who_can_go_on_from_them(seeing: Seeing) -> None:
+    frames = (sight(1, 6, 1), sight(7, 3, 2), sight(10, 4, 3))
+    with pytest.raises(JobStopped):
+        seeing.look(*frames, desk=Desk(stop_after=2))  # eight tokens
+    keys = [each.key for each in seeing.session.seen([5], "c")]
+    assert keys == [frames[0].key]
+    assert seeing.session.seen([6], "c") == ()
+    assert seeing.session.seen([5, 5], "c") == ()
+    assert seeing.session.seen([5], "d") == ()
+    # what was begun is gone on with
+    assert seeing.look(*frames) == 8
+    assert [each.key for each in seeing.session.seen([5], "c")] == [each.key for each in frames]
+    assert seeing.read == [-1, *seen(1, 6), *seen(2, 3), *seen(3, 4), -1, -1]
+
+
+def test_the_session_does_not_keep_what_its_buffer_holds(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1))
+    assert [each.rows for each in seeing.session.seen([5], "c")] == [None]
+
+
+def test_frames_are_not_shared_between_clients(seeing: Seeing) -> None:
+    seeing.look(sight(1, 6, 1), client="a")
+    assert seeing.session.seen([5], "b") == ()
+    assert seeing.look(sight(1, 6, 1), client="b") == 0
+
+
+def test_a_generator_that_cannot_go_back_is_made_anew() -> None:
+    seeing = Seeing(rewinds=False)
+    assert seeing.look(text=3) == 0
+    assert seeing.look(text=4) == 0
+    assert len(seeing.made) == 2
+    assert seeing.session.prefill([5, 4, 4, 4], "c", Desk()) == 3  # nothing to go back from
+    assert len(seeing.made) == 2
+
+
+def test_steps_carry_the_question(seeing: Seeing) -> None:
+    questions: list[Any] = []
+
+    class Asking(Desk):
+        def step(self, *, work: int, done: int, total: int, **more: Any) -> None:
+            questions.append(more["question"])
+
+    seeing.session.prefill(range(1, 6), "c", Asking(), question=3)
+    assert questions == [3, 3]
+
+
+def test_the_pace_of_a_prefill_is_known_after_a_chunk_that_tells() -> None:
+    chunks = Chunks()
+    known = [chunks.token_s]
+    for tokens, seconds in ((3, 1.0), (50, 2.0), (75, 4.0)):
+        chunks.took(tokens, seconds)
+        known.append(chunks.token_s)
+    assert known == [None, None, 0.04, pytest.approx((1.0 + 4.0) / (25 + 75))]

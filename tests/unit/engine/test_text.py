@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from edged.engine.guidance import Guidance
 from edged.engine.messages import JobStage
 from edged.engine.session import Chunks, Session
-from edged.engine.text import TextModel, run_text
+from edged.engine.text import TextModel, conversations, run_text
 from edged.errors import Code, JobFailed, JobStopped
 from edged.models.folder import inspect
 from edged.ports import Answer, Sampling, Task
@@ -42,6 +43,9 @@ class Desk:
     def step(self, *, work: int, done: int, total: int, text: str = "", **_: Any) -> None:
         self.steps.append((self.stages[-1], done, total))
         self.texts.append(text)
+
+    def planned(self, plan: Any) -> None:
+        raise AssertionError("a text job has no frames")
 
     def check(self) -> None:
         if self._stop is None:
@@ -83,6 +87,11 @@ class Small:
             **fields,
         )
         return run_text(self.model, self.session, task, desk or Desk()).answers[0]
+
+    def cold_logits(self, prompt: str) -> Any:
+        """The logits after a prompt."""
+        self.cold(prompt, max_tokens=1)
+        return self.session.logits()
 
     def cold(self, prompt: str, **fields: Any) -> Answer:
         self.session.drop()
@@ -258,14 +267,7 @@ def test_a_schema_that_cannot_be_compiled_fails_before_the_prefill(small: Small)
 
 
 def test_without_guidance_a_schema_is_unsupported(small: Small) -> None:
-    small.model = TextModel(
-        **{
-            name: getattr(small.model, name)
-            for name in TextModel.__dataclass_fields__
-            if name != "compile"
-        },
-        compile=None,
-    )
+    small.model = replace(small.model, compile=None)
     with pytest.raises(JobFailed) as caught:
         small.ask(QUESTIONS[0], schema=True)
     assert caught.value.code is Code.UNSUPPORTED
@@ -294,17 +296,8 @@ def test_what_does_not_fit_is_told_with_both_numbers_before_the_prefill(
 
 def test_prompt_and_answer_may_fill_the_context_to_the_last_token(small: Small) -> None:
     used = len(small.kit.prompts.build([{"role": "user", "content": "hi"}]))
-    small.model = TextModel(
-        **{
-            name: getattr(small.model, name)
-            for name in TextModel.__dataclass_fields__
-            if name != "eos_ids"
-        },
-        eos_ids=frozenset(),
-    )
-    model = small.model
+    small.model = replace(small.model, eos_ids=frozenset(), max_tokens=CONTEXT)
     assert small.ask("hi", max_tokens=1).usage.completion_tokens == 1
-    object.__setattr__(model, "max_tokens", CONTEXT)
     answer = small.ask("hi", max_tokens=CONTEXT - used)
     assert answer.usage.completion_tokens == CONTEXT - used
     assert answer.finish_reason == "length"
@@ -331,3 +324,35 @@ def test_what_follows_shares_the_conversation_so_far(small: Small) -> None:
     other = small.ask("Name a colour. And a shape.", max_tokens=8, client="other")
     assert other.usage.cached_tokens == 0
     assert other.text == second.text
+
+
+def test_questions_are_answered_in_order_and_their_prefix_computed_once(small: Small) -> None:
+    questions = ("What is at the gate?", "Is it red?", "What is at the gate?")
+    task = Task(
+        job=1,
+        client="c",
+        messages=({"role": "user", "content": "The red car stands at the gate, the dog waits."},),
+        questions=questions,
+        max_tokens=8,
+    )
+    desk = Desk()
+    answers = run_text(small.model, small.session, task, desk).answers
+    prompts = [small.model.prompts.build(messages) for messages in conversations(task)]
+    assert answers[0].usage.prompt_tokens == len(prompts[0])
+    for answer, prompt in zip(answers[1:], prompts[1:], strict=True):
+        assert 0 < answer.usage.prompt_tokens < len(prompt) / 2
+        assert answer.usage.cached_tokens == 0
+    assert answers[2].text == answers[0].text
+    assert "".join(desk.texts) == "".join(answer.text for answer in answers)
+    for question, answer in zip(questions, answers, strict=True):
+        content = f"The red car stands at the gate, the dog waits.\n{question}"
+        assert small.cold(content, max_tokens=8).text == answer.text
+
+
+def test_what_stands_for_a_frame_is_never_said(small: Small) -> None:
+    said = small.ask(QUESTIONS[0], max_tokens=20).text
+    chosen = int(small.cold_logits(QUESTIONS[0]).argmax())
+    small.model = replace(small.model, placeholder=chosen)
+    other = small.cold(QUESTIONS[0], max_tokens=20).text
+    assert other != said
+    assert chosen not in small.kit.encode(other)

@@ -1,0 +1,1 @@
+"""From frames to a prompt with image features: decode, transform, plan, encode."""
