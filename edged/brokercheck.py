@@ -72,6 +72,14 @@ def identity(name: str, group: Mqtt | Client | Cameras) -> Identity:
     return Identity(name, group.username, group.password_file, group.cert, group.key)
 
 
+def _camera_identity(settings: Settings) -> Identity:
+    """Return as whom the camera connection is made: what cameras lack is taken from mqtt."""
+    own, jobs = identity("cameras", settings.cameras), identity("mqtt", settings.mqtt)
+    user = own if own.username is not None else jobs
+    files = own if own.cert is not None else jobs
+    return Identity("cameras", user.username, user.password_file, files.cert, files.key)
+
+
 def check_broker(settings: Settings, *, now: Callable[[], float] = time.time) -> Iterator[Finding]:
     """Yield what can be seen of the broker, each thing as soon as it is known.
 
@@ -96,12 +104,15 @@ def check_broker(settings: Settings, *, now: Callable[[], float] = time.time) ->
     taken = yield from _check_daemon(settings, identity("mqtt", mqtt))
     if taken is None:
         return
-    for name, group in (("cameras", settings.cameras), ("client", settings.client)):
-        other = identity(name, group)
+    topics = Topics(mqtt.base_topic, settings.device)
+    others = [(identity("client", settings.client), "")]
+    if settings.cameras.max:
+        others.insert(0, (_camera_identity(settings), topics.camera_frames))
+    for other, topic in others:
         # Where the user name is the client id, the daemon's own must not start clean.
         same = other.username is None or other.username == mqtt.username
-        if not other.anonymous and not (taken and same):
-            yield from _check_other(settings, other)
+        if (topic or not other.anonymous) and not (taken and same):
+            yield from _check_other(settings, other, topic)
     yield ok(
         AREA,
         "rights",
@@ -378,7 +389,8 @@ def _check_daemon(settings: Settings, who: Identity) -> Generator[Finding, None,
             )
         if keep:
             taken = first.session_present or _is_taken_over(settings, who, first)
-            yield _takeover(settings, taken=taken)
+            if settings.cameras.max:
+                yield _takeover(settings, taken=taken)
     finally:
         first.close(forget=not taken)
     return taken
@@ -401,21 +413,23 @@ def _is_taken_over(settings: Settings, who: Identity, first: _Probe) -> bool:
 
 
 def _takeover(settings: Settings, *, taken: bool) -> Finding:
-    cameras = settings.cameras
     if not taken:
         return ok(AREA, "client id", "the broker keeps the client ids of one user apart")
-    if cameras.username not in {None, settings.mqtt.username} or cameras.cert is not None:
+    cameras, jobs = _camera_identity(settings), identity("mqtt", settings.mqtt)
+    if (cameras.username, cameras.cert) != (jobs.username, jobs.cert):
         return ok(
             AREA,
             "client id",
             "the broker makes the user name the client id; cameras have their own",
         )
-    return warning(
+    return failed(
         AREA,
         "client id",
-        "the broker makes the user name the client id: the camera connection would take the job "
-        "connection's place. This check just did so for a moment; a running edged connects again",
-        "make a user for cameras at the broker and set cameras.username and cameras.password_file",
+        "the broker makes the user name the client id: the camera connection takes the job "
+        "connection's place, and requests that wait at the broker are lost. This check just did so "
+        "for a moment; a running edged connects again",
+        "make a user for cameras at the broker and set cameras.username and cameras.password_file, "
+        "or set cameras.max = 0",
     )
 
 
@@ -458,15 +472,26 @@ def _is_anonymous(settings: Settings) -> bool:
     return identity("mqtt", settings.mqtt).anonymous
 
 
-def _check_other(settings: Settings, who: Identity) -> Iterator[Finding]:
+def _check_other(settings: Settings, who: Identity, topic: str) -> Iterator[Finding]:
+    """Check another connection, and that it may subscribe to a topic."""
     probe = _Probe(settings, who, protocol=settings.mqtt.protocol, keep=False)
     try:
         _within(STEP_S * 3, probe.connect)
     except (NoConnection, _Refused, ConfigError) as error:
         yield _refusal(settings, who, error)
         return
+    objection = probe.subscribe(topic) if topic else None
     probe.close(forget=False)
-    yield ok(AREA, who.name, f"the broker takes {who.username or 'the certificate'}")
+    if objection:
+        yield failed(
+            AREA,
+            who.name,
+            f"the broker refuses a subscription to {topic}: {objection}",
+            "let this user read that topic in the broker's access list, or set cameras.max = 0",
+        )
+        return
+    name = who.username or ("the certificate" if who.cert else "a second connection")
+    yield ok(AREA, who.name, f"the broker takes {name}")
 
 
 def _refusal(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
@@ -66,6 +66,26 @@ class Identity:
     model: str | None
 
 
+class Cameras(Protocol):
+    """What is asked of the cameras."""
+
+    def heartbeat(self) -> dict[str, dict[str, float | None]]:
+        """Return the heartbeat's `cameras`."""
+        ...
+
+    def beat(self, bus: Bus, expiry_s: int) -> None:
+        """Publish each camera's status."""
+        ...
+
+    def trouble(self) -> str | None:
+        """Return why frames cannot come, if anybody counts on them."""
+        ...
+
+    def stuck(self) -> str | None:
+        """Return why no longer anything turns there, or None."""
+        ...
+
+
 class Health:
     """Judges and tells how edged is."""
 
@@ -85,6 +105,7 @@ class Health:
         clock: Clock,
         host: Callable[[], dict[str, Any]],
         host_trouble: Callable[[], str | None],
+        cameras: Cameras | None = None,
     ) -> None:
         self._identity = identity
         self._topics = topics
@@ -99,6 +120,7 @@ class Health:
         self._clock = clock
         self._host = host
         self._host_trouble = host_trouble
+        self._cameras = cameras
         self._began = time.monotonic()
         self._seq = 0
         self._subscribed = False
@@ -188,6 +210,7 @@ class Health:
             self._journal_note,
             self._outbox.trouble,
             self._host_trouble(),
+            self._cameras.trouble() if self._cameras is not None else None,
         ]
         if self._bus.state.stolen:
             faults.append(
@@ -221,7 +244,8 @@ class Health:
         """Return which part no longer turns, or None. The event loop turns if this is called."""
         if self._journal.stuck_s() > JOURNAL_STUCK_S:
             return "the journal's thread does not return"
-        return self._bus.stuck() or self._engine.stuck()
+        cameras = self._cameras.stuck() if self._cameras is not None else None
+        return self._bus.stuck() or self._engine.stuck() or cameras
 
     # Saying it
 
@@ -252,6 +276,8 @@ class Health:
             )
         )
         self._tell()
+        if self._cameras is not None:
+            self._cameras.beat(self._bus, self._expiry_s)
 
     @property
     def _expiry_s(self) -> int:
@@ -353,6 +379,8 @@ class Health:
                 "stage": current.stage,
                 "progress_age_s": round(time.monotonic() - current.moved, 1),
             }
+        if self._cameras is not None and (cameras := self._cameras.heartbeat()):
+            body["cameras"] = cameras
         return body | {
             "outbox": {"depth": self._outbox.depth, "oldest_s": round(self._outbox.oldest_s, 1)},
             "totals": asdict(self._totals),

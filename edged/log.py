@@ -30,6 +30,10 @@ from edged.errors import EdgedError
 
 #: Every event there is, and what it says. A test compares it with the code.
 EVENTS: Final[Mapping[str, str]] = {
+    "camera.conflict": "the broker takes the camera connection for that of jobs; it is closed",
+    "camera.forgotten": "a camera has been silent for long",
+    "camera.new": "a camera has sent its first frame",
+    "camera.refused": "frames were not taken, how many and why; at most once a minute a kind",
     "edged.failed": "a bug ended the daemon; where it is stands beside it",
     "edged.killed": "a second signal to stop came; the daemon ends at once",
     "edged.signal": "a signal came",
@@ -43,6 +47,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "engine.output_muted": "the engine process writes too much; the rest is dropped for a while",
     "engine.recycled": "the engine process was ended between jobs and starts anew",
     "engine.started": "an engine process was started",
+    "frames.swept": "files of frames that belong to no waiting job were removed",
     "health.foreign_status": "another instance publishes on this device's status topic",
     "health.state": "the state changed, and why",
     "job.engine_died": "the engine process ended while it worked on this job",

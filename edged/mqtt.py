@@ -55,6 +55,7 @@ from edged.ports import (
     PubAck,
     Receipt,
     Session,
+    Sink,
     Trace,
     no_trace,
 )
@@ -81,6 +82,13 @@ class MqttBus:
     """A connection to an MQTT broker; see `ports.Bus`.
 
     Made and used on one event loop. One object is run once.
+
+    Args:
+        connection: Where to connect, and as whom.
+        patience: How long to wait for what.
+        sink: Takes messages of QoS 0 on the network thread, instead of the listener: none of them
+            waits for the event loop or costs it time.
+        trace: For tests.
     """
 
     def __init__(
@@ -88,10 +96,12 @@ class MqttBus:
         connection: Connection,
         *,
         patience: Patience | None = None,
+        sink: Sink | None = None,
         trace: Trace = no_trace,
     ) -> None:
         self._connection = connection
         self._patience = patience or Patience()
+        self._sink = sink
         self._trace = trace
         self._generations = itertools.count(1)
         self._tokens = itertools.count(1)
@@ -144,8 +154,9 @@ class MqttBus:
     async def _run_thread(self) -> None:
         loop = asyncio.get_running_loop()
         network = _Network(
-            self._connection, self._patience, self._trace, self._generations, loop, self._drain
-        )
+            self._connection, self._patience, self._trace, self._generations, loop, self._drain,
+            self._sink,
+        )  # fmt: skip
         self._network = network
         self._offered = 0
         network.start()
@@ -341,9 +352,11 @@ class _Network:
         generations: Iterator[int],
         loop: asyncio.AbstractEventLoop,
         drain: Callable[[_Network], None],
+        sink: Sink | None = None,
     ) -> None:
         self.connection = connection
         self.patience = patience
+        self.sink = sink
         self.trace = trace
         self.commands: deque[Send | Ack] = deque()
         self.events: deque[Event] = deque()

@@ -24,7 +24,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 from edged.errors import BadPublish, ConfigError
 from edged.mqttconfig import Connection, Patience
 from edged.mqttwire import NoConnection, Publish, Splitter, Wire, dial, explain, tls_context
-from edged.ports import Incoming, Outgoing, PubAck, Receipt, Session, Trace
+from edged.ports import Incoming, Outgoing, PubAck, Receipt, Session, Sink, Trace
 from edged.topics import validate_publish
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class Host(Protocol):
     connection: Connection
     patience: Patience
     trace: Trace
+    sink: Sink | None
     commands: deque[Send | Ack]
     events: deque[Event]
     #: Bytes of commands that were written or dropped, ever.
@@ -443,23 +444,29 @@ class Link:
         if self._session is None:
             self._leave("the broker sent a message before its CONNACK")
         self._network.trace("mqtt.on_message")
-        self._network.events.append(
-            Arrived(
-                Incoming(
-                    topic=publish.topic,
-                    payload=publish.payload,
-                    size=publish.size,
-                    qos=min(publish.qos, 1),
-                    retain=publish.retain,
-                    duplicate=publish.duplicate,
-                    response_topic=publish.response_topic,
-                    correlation=publish.correlation,
-                    expiry_s=publish.expiry_s,
-                    receipt=Receipt(self._generation, publish.mid),
-                ),
-                publish.reserved,
-            )
+        message = Incoming(
+            topic=publish.topic,
+            payload=publish.payload,
+            size=publish.size,
+            qos=min(publish.qos, 1),
+            retain=publish.retain,
+            duplicate=publish.duplicate,
+            response_topic=publish.response_topic,
+            correlation=publish.correlation,
+            expiry_s=publish.expiry_s,
+            ts=publish.ts,
+            receipt=Receipt(self._generation, publish.mid),
         )
+        sink = self._network.sink
+        if sink is None or message.qos:
+            self._network.events.append(Arrived(message, publish.reserved))
+            return
+        self._network.taken -= publish.reserved
+        try:
+            sink(message)
+        except Exception:
+            # As with a listener: a bug of its own, never the end of the connection.
+            log.exception("mqtt.listener_failed", about="sink")
 
     def _leave(self, reason: str) -> NoReturn:
         raise NoConnection(reason)

@@ -26,6 +26,8 @@ from typing import Protocol
 HEAD_BYTES = 192 * 1024
 #: Properties above this are not looked at; the message counts as too large. MQTT sets no limit.
 MAX_PROPERTIES_BYTES = 64 * 1024
+#: Of the user property `ts` one byte more is kept, so that a longer one is seen to be too long.
+MAX_TS_BYTES = 64
 #: Any other packet from a broker is far smaller than this.
 MAX_CONTROL_BYTES = 1024 * 1024
 
@@ -67,6 +69,8 @@ class Publish:
     response_topic: str | None = None
     correlation: bytes | None = None
     expiry_s: int | None = None
+    #: The first user property of this name.
+    ts: str | None = None
     #: What `Splitter` reserved for it, to be released by whoever consumes the message.
     reserved: int = 0
 
@@ -233,7 +237,9 @@ def _properties(body: bytes | bytearray, at: int, end: int, message: Publish) ->
                 elif name == 0x09:
                     message.correlation = value
                 elif name == 0x26:
-                    _, at = _binary(body, at)
+                    text, at = _binary(body, at)
+                    if value == b"ts" and message.ts is None:
+                        message.ts = text[: MAX_TS_BYTES + 1].decode(errors="replace")
             elif name == 0x0B:  # subscription identifier
                 _, at = _variable(body, at)
             elif name == 0x23:  # topic alias, which we do not allow

@@ -588,6 +588,11 @@ def warnings(settings: Settings) -> list[str]:
             "limits.journal_mb is less than twice limits.payload_mb: the largest requests are "
             "refused disk_full; raise limits.journal_mb or lower limits.payload_mb"
         )
+    if settings.cameras.max and settings.cameras.buffer_mb < settings.limits.payload_mb:
+        found.append(
+            "cameras.buffer_mb is less than limits.payload_mb: the largest frames are refused; "
+            "raise cameras.buffer_mb"
+        )
     if settings.model.max_context is not None and settings.model.max_context > 4096:
         found.append(
             "model.max_context is above 4096: models with LongRoPE (Phi-3.5, Phi-4-mini) compute "

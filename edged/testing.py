@@ -30,6 +30,7 @@ from edged.ports import (
     PubAck,
     Receipt,
     Session,
+    Sink,
 )
 from edged.topics import validate_publish
 
@@ -127,6 +128,8 @@ class Published:
     correlation: bytes | None = None
     response_topic: str | None = None
     expiry_s: int | None = None
+    #: The user property `ts`.
+    ts: str | None = None
     #: Who published it; None: the test itself. A will carries its owner's id.
     client_id: str | None = None
 
@@ -192,6 +195,7 @@ class MemoryBroker:
         correlation: bytes | None = None,
         response_topic: str | None = None,
         expiry_s: int | None = None,
+        ts: str | None = None,
     ) -> None:
         """Publish as some client would."""
         self._take(
@@ -203,6 +207,7 @@ class MemoryBroker:
                 correlation=correlation,
                 response_topic=response_topic,
                 expiry_s=expiry_s,
+                ts=ts,
             )
         )
 
@@ -416,12 +421,15 @@ class MemoryBus:
     """A connection to a `MemoryBroker`; see `ports.Bus` and `mqtt.MqttBus`.
 
     Of the `Connection` it heeds the client id, the session's settings, the subscriptions, the will
-    and the limits on what comes in. It tries again at once.
+    and the limits on what comes in. It tries again at once. `sink` is called on the event loop.
     """
 
-    def __init__(self, broker: MemoryBroker, connection: Connection) -> None:
+    def __init__(
+        self, broker: MemoryBroker, connection: Connection, *, sink: Sink | None = None
+    ) -> None:
         self.broker = broker
         self.connection = connection
+        self._sink = sink
         self.will: Outgoing | None = None
         #: Let `offer` refuse, as on a slow link.
         self.congested = False
@@ -588,6 +596,7 @@ class MemoryBus:
             response_topic=message.response_topic if five else None,
             correlation=message.correlation if five else None,
             expiry_s=message.expiry_s if five else None,
+            ts=message.ts if five else None,
             receipt=Receipt(self._generation, mid),
         )
         self._events.put_nowait(lambda: self._message(incoming, kept))
@@ -618,7 +627,7 @@ class MemoryBus:
             self._listener.on_message(message)
             return
         try:
-            self._listener.on_message(message)
+            (self._sink or self._listener.on_message)(message)
         finally:
             self._held -= kept
 

@@ -44,6 +44,10 @@ class Topics:
         self.info = f"{self.root}/info"
         self.health = f"{self.root}/health"
         self.refused = f"{self.root}/refused"
+        #: The filter that the camera connection subscribes to, at QoS 0.
+        self.camera_frames = f"{self.root}/camera/+/frame"
+        #: The filter of what is told about cameras.
+        self.camera_statuses = f"{self.root}/camera/+/status"
 
     @property
     def requests(self) -> tuple[str, ...]:
@@ -71,6 +75,21 @@ class Topics:
         if kind not in _REQUESTS:
             return None
         return RequestTopic(kind, client if slash else None)
+
+    def camera_status(self, camera: str) -> str:
+        """Return the topic on which is told how a camera does."""
+        return f"{self.root}/camera/{camera}/status"
+
+    def parse_frame(self, topic: str) -> str | None:
+        """Return the camera of a frame's topic as it is written there; None: it is no such topic.
+
+        A name outside [A-Za-z0-9_-]{1,64} is returned as it is.
+        """
+        prefix, tail = f"{self.root}/camera/", "/frame"
+        if not (topic.startswith(prefix) and topic.endswith(tail)):
+            return None
+        name = topic[len(prefix) : -len(tail)]
+        return None if "/" in name else name
 
     def may_reply(self, topic: str, prefixes: tuple[str, ...]) -> bool:
         """Return whether a requester may have its events sent to this topic."""

@@ -12,12 +12,12 @@ import pytest
 
 from edged.errors import BadPublish, ConnectionLost
 from edged.mqtt import Connection, MqttBus
-from edged.ports import Bus, Outgoing
+from edged.ports import Bus, Incoming, Outgoing, Sink
 from edged.testing import MemoryBroker, MemoryBus, Published, matches
 from tests.kit.chaos import ChaosProxy
 from tests.kit.client import Peer
 from tests.kit.mosquitto import PROGRAM, Mosquitto
-from tests.kit.recorder import FAST, Recorder, either, running
+from tests.kit.recorder import FAST, Recorder, either, eventually, running
 
 Version = Literal["5", "3.1.1"]
 #: mosquitto 2.0.11 lets a new message overtake those that wait behind a full window of 20.
@@ -30,7 +30,7 @@ class World(Protocol):
 
     version: Version
 
-    def bus(self, **settings: Any) -> Bus: ...
+    def bus(self, *, sink: Sink | None = None, **settings: Any) -> Bus: ...
     async def publish(self, topic: str, payload: bytes = b"", **properties: Any) -> None: ...
     async def published(self, pattern: str, count: int = 1) -> list[Published]: ...
     async def retained(self, topic: str) -> bytes | None: ...
@@ -57,8 +57,8 @@ class MemoryWorld:
         self.broker = MemoryBroker()
         self.broker.refuse_publishes("denied/#")
 
-    def bus(self, **settings: Any) -> Bus:
-        return MemoryBus(self.broker, _connection(self.version, **settings))
+    def bus(self, *, sink: Sink | None = None, **settings: Any) -> Bus:
+        return MemoryBus(self.broker, _connection(self.version, **settings), sink=sink)
 
     async def publish(self, topic: str, payload: bytes = b"", **properties: Any) -> None:
         self.broker.publish(topic, payload, **properties)
@@ -94,9 +94,9 @@ class MosquittoWorld:
         self.proxy = proxy
         self.peer = peer
 
-    def bus(self, **settings: Any) -> Bus:
+    def bus(self, *, sink: Sink | None = None, **settings: Any) -> Bus:
         connection = _connection(self.version, port=self.proxy.port, **settings)
-        return MqttBus(connection, patience=FAST)
+        return MqttBus(connection, patience=FAST, sink=sink)
 
     async def publish(self, topic: str, payload: bytes = b"", **given: Any) -> None:
         names = {
@@ -104,6 +104,8 @@ class MosquittoWorld:
             "response_topic": "ResponseTopic",
             "expiry_s": "MessageExpiryInterval",
         }
+        if (ts := given.pop("ts", None)) is not None:
+            given["UserProperty"] = ("ts", ts)
         given = {names.get(name, name): value for name, value in given.items()}
         await asyncio.to_thread(lambda: self.peer.publish(topic, payload, **given))
 
@@ -312,6 +314,53 @@ async def test_a_message_arrives_as_it_was_sent(world: World) -> None:
         properties = (first.correlation, first.response_topic, first.expiry_s)
         five = (b"\x00c", "out/r", 60)
         assert properties == (five if world.version == "5" else (None, None, None))
+
+
+async def test_the_user_property_ts(world: World) -> None:
+    bus = world.bus()
+    recorder = Recorder(acks=bus)
+    async with running(bus, recorder):
+        await recorder.until_connected()
+        await world.publish("in/a", b"x", ts="1770000000.5")
+        await world.publish("in/a", b"x")
+        await recorder.until(lambda: len(recorder.messages) == 2)
+        five = world.version == "5"
+        assert [m.ts for m in recorder.messages] == ["1770000000.5" if five else None, None]
+
+
+async def test_a_sink_takes_what_needs_no_answer(world: World) -> None:
+    taken: list[Incoming] = []
+    bus = world.bus(sink=taken.append, inbound_bytes=5000)
+    recorder = Recorder(acks=bus)
+    async with running(bus, recorder):
+        await recorder.until_connected()
+        payloads = [bytes([number]) * 2000 for number in range(20)]
+        for payload in payloads:  # far beyond the budget, one after the other
+            await world.publish("in/a", payload, qos=0)
+            await eventually(lambda: taken and taken[-1].payload == payload)  # noqa: B023
+        await world.publish("in/b", b"mark", qos=1)
+        await recorder.until(lambda: recorder.messages)
+        assert [message.payload for message in taken] == payloads
+        assert recorder.bodies == [b"mark"]
+
+
+async def test_a_sink_that_fails_ends_nothing(world: World) -> None:
+    taken: list[Incoming] = []
+
+    def fail(message: Incoming) -> None:
+        taken.append(message)
+        raise ValueError("a bug")
+
+    bus = world.bus(sink=fail)
+    recorder = Recorder(acks=bus)
+    async with running(bus, recorder):
+        await recorder.until_connected()
+        for _ in range(3):
+            await world.publish("in/a", b"x", qos=0)
+        await eventually(lambda: len(taken) == 3)
+        await world.publish("in/b", b"y")
+        await recorder.until(lambda: recorder.messages)
+        assert not recorder.reasons
 
 
 async def test_messages_wait_for_a_client_that_is_away(world: World) -> None:

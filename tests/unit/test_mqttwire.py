@@ -83,8 +83,11 @@ def publishes(draw: st.DrawFn) -> tuple[bytes, Publish]:
         properties.CorrelationData = wanted.correlation
     if wanted.expiry_s is not None:
         properties.MessageExpiryInterval = wanted.expiry_s
-    for name, value in draw(st.lists(st.tuples(utf8, utf8), max_size=3)):
+    names = utf8 | st.just("ts")
+    for name, value in draw(st.lists(st.tuples(names, utf8), max_size=4)):
         properties.UserProperty = (name, value)
+        if name == "ts" and wanted.ts is None:
+            wanted.ts = value
     if draw(st.booleans()):
         properties.ContentType = draw(utf8)
         properties.PayloadFormatIndicator = 1
@@ -119,6 +122,21 @@ def test_packets_come_out_as_they_went_in_however_the_bytes_are_cut(
     split = splitter()
     assert feed(split, data, sizes) == wanted
     assert split.reserved == 0
+
+
+def test_a_ts_is_bounded_and_seen_to_be_too_long() -> None:
+    for value, kept in ((b"1" * 64, 64), (b"1" * 65, 65), (b"1" * 60_000, 65)):
+        named = struct.pack("!H", 2) + b"ts" + struct.pack("!H", len(value)) + value
+        body = b"\0\1a" + variable(1 + len(named)) + b"\x26" + named + b"payload"
+        message = decode_publish(0x30, body, five=True, length=len(body), whole=True)
+        assert message.ts is not None
+        assert len(message.ts) == kept
+
+
+def test_a_ts_that_is_no_text_stays_something_else() -> None:
+    body = b"\0\1a" + b"\x09" + b"\x26" + b"\0\2ts\0\2\xff\xfe"
+    message = decode_publish(0x30, body, five=True, length=len(body), whole=True)
+    assert message.ts == "\ufffd\ufffd"
 
 
 @given(st.sampled_from([0x30, 0x32, 0x33, 0x3A]), st.binary(max_size=80), st.booleans())

@@ -173,6 +173,23 @@ def test_any_client_name_is_returned_for_intake_to_judge(client: str) -> None:
     assert TOPICS.parse_request(topic) == RequestTopic("text", client)
 
 
+def test_cameras() -> None:
+    topics = Topics("edged", "box")
+    assert topics.camera_frames == "edged/box/camera/+/frame"
+    assert topics.camera_status("door") == "edged/box/camera/door/status"
+    assert matches(topics.camera_statuses, topics.camera_status("door"))
+    assert topics.parse_frame("edged/box/camera/door/frame") == "door"
+    assert topics.parse_frame("edged/box/camera/a b/frame") == "a b"
+    for other in (
+        "edged/box/camera/door/status",
+        "edged/box/camera/a/b/frame",
+        "edged/other/camera/door/frame",
+        "edged/box/camera/door/frame/x",
+        "edged/box/request/text",
+    ):
+        assert topics.parse_frame(other) is None
+
+
 def test_responses() -> None:
     assert TOPICS.response(Key(None, "j1")) == "edged/dev1/response/j1"
     assert TOPICS.response(Key("alice", "j1")) == "edged/dev1/response/alice/j1"
