@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from edged import __version__
+from edged.cameras.hub import CameraHub, bounds, camera_connection, same_user
 from edged.clock import SystemClock
 from edged.dispatcher import Dispatcher
 from edged.engine.host import EngineHost
@@ -62,6 +63,7 @@ class App:
         engine: Engine | None = None,
         engine_command: Sequence[str] | None = None,
         bus: Bus | None = None,
+        camera_bus: Bus | None = None,
         clock: Clock | None = None,
         trace: Trace = no_trace,
     ) -> None:
@@ -77,7 +79,12 @@ class App:
         self._sensors = Sensors(state_dir=settings.state.dir)
         limits = settings.limits
         self.engine = engine = engine or self._engine_host()
-        self.bus = bus = bus or MqttBus(self._connection())
+        jobs = self._connection()
+        self.bus = bus = bus or MqttBus(jobs)
+        self.cameras = cameras = CameraHub(bounds=bounds(settings), topics=self.topics, clock=clock)
+        frames_from = camera_connection(jobs, settings, self.topics)
+        self._camera_bus = camera_bus or MqttBus(frames_from, sink=cameras.take)
+        self._one_user = same_user(jobs, frames_from)
         self.journal = Journal(
             settings.state.dir / "journal.db",
             clock=clock,
@@ -85,6 +92,8 @@ class App:
             results=limits.results,
             results_s=limits.results_s,
             max_final_bytes=FINAL_BYTES + FINAL_BYTES_A_TOKEN * limits.max_tokens,
+            keep_frames=settings.state.frames,
+            frames_bytes=int(settings.state.frames_mb * MB),
             trace=trace,
         )
         self.scheduler = Scheduler(limits.queue, self.speed)
@@ -93,6 +102,7 @@ class App:
         )
         self.dispatcher = Dispatcher(
             engine=engine,
+            cameras=cameras,
             journal=self.journal,
             scheduler=self.scheduler,
             outbox=self.outbox,
@@ -108,6 +118,7 @@ class App:
             rules=Rules(
                 reply_prefixes=settings.mqtt.reply_prefixes,
                 payload_bytes=int(limits.payload_mb * MB),
+                max_frames=limits.frames,
                 max_tokens=limits.max_tokens,
                 model=settings.model.name,
                 retained_seen=settings.mqtt.protocol == "5",
@@ -117,6 +128,8 @@ class App:
             journal=self.journal,
             scheduler=self.scheduler,
             outbox=self.outbox,
+            engine=engine,
+            cameras=cameras,
             totals=self.totals,
             clock=clock,
             background=self._background,
@@ -137,6 +150,7 @@ class App:
             clock=clock,
             host=self._sensors.read,
             host_trouble=self._sensors.trouble,
+            cameras=cameras,
         )
 
     def _engine_host(self) -> EngineHost:
@@ -149,6 +163,8 @@ class App:
             max_context=settings.model.max_context,
             max_tokens=settings.limits.max_tokens,
             memory_mb=settings.limits.memory_mb,
+            first_token_s=settings.vision.first_token_s,
+            frame_cache_mb=settings.vision.cache_mb,
         )
         return EngineHost(order, command=self._engine_command)
 
@@ -267,6 +283,7 @@ class App:
                 for name, coroutine in {
                     "mqtt": self.bus.run(self),
                     "engine": self.engine.run(),
+                    **({"cameras": self._run_cameras()} if self.settings.cameras.max else {}),
                     "dispatcher": self.dispatcher.run(),
                     "deadlines": self.dispatcher.expire(),
                     "outbox": self.outbox.run(),
@@ -287,6 +304,7 @@ class App:
         self._notifier.stopping()
         self.intake.stopping = True
         self.health.stop()
+        await self.cameras.close()  # jobs have their frames already
         await self.dispatcher.drain(self.settings.state.stop_s)
         await _patiently(self.dispatcher.idle())  # the engine answers within a chunk, or is ended
         await self.engine.close()
@@ -297,6 +315,9 @@ class App:
         if self.bus.session is not None:
             await _patiently(self.outbox.drained())
         await self.bus.close(self.health.status(Condition.OFFLINE, "stopped"), PATIENCE_S)
+
+    async def _run_cameras(self) -> None:
+        await self.cameras.run(self._camera_bus, self.bus if self._one_user else None)
 
     # The journal
 

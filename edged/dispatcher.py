@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
@@ -14,13 +15,14 @@ from edged import protocol
 from edged.errors import (
     Code,
     EngineDied,
+    FramesLost,
     JobFailed,
     JobGone,
     JobStopped,
     JournalUnavailable,
     Refused,
 )
-from edged.jobs import MAX_DEATHS, Job, Outcome
+from edged.jobs import MAX_DEATHS, Job, Kind, Outcome
 from edged.journal import Journal
 from edged.metrics import Speed, Totals
 from edged.outbox import Outbox
@@ -30,7 +32,11 @@ from edged.ports import (
     Completed,
     Delta,
     Engine,
+    FramePlan,
+    FrameSource,
+    Look,
     Outgoing,
+    Planned,
     Progress,
     Task,
     Trace,
@@ -71,6 +77,7 @@ class Dispatcher:
         self,
         *,
         engine: Engine,
+        cameras: FrameSource,
         journal: Journal,
         scheduler: Scheduler,
         outbox: Outbox,
@@ -83,6 +90,7 @@ class Dispatcher:
         trace: Trace = no_trace,
     ) -> None:
         self._engine = engine
+        self._cameras = cameras
         self._journal = journal
         self._scheduler = scheduler
         self._outbox = outbox
@@ -155,23 +163,12 @@ class Dispatcher:
 
     async def _execute(self, current: Current, queue_s: float) -> None:
         job = current.job
-        try:
-            request = protocol.validate(protocol.TextRequest, job.request)
-        except Refused as refusal:  # journaled by a version with other rules
-            raise JobFailed(refusal.code, refusal.message) from None
-        task = Task(
-            job=job.seq,
-            client=job.key.client,
-            messages=request.conversation(),
-            sampling=request.sampling(),
-            max_tokens=request.max_tokens,
-            stop=request.stops(),
-            schema=request.schema_wanted(),
-        )
+        request = _request(job)
+        task = await self._task(job, request)
+        if current.is_over():
+            return
         chunks = _Chunks(
-            lambda seq, delta: self._say_chunk(current, seq, delta),
-            self._stream_interval_s,
-            self._stream_bytes,
+            partial(self._say_chunk, current), self._stream_interval_s, self._stream_bytes
         )
         told = 0.0
         updates = self._engine.execute(task)
@@ -191,32 +188,107 @@ class Dispatcher:
                 elif isinstance(update, Delta):
                     current.stage = "token"
                     if request.stream and not current.is_over():
-                        chunks.add(update.text)
+                        chunks.add(update.text, update.question)
+                elif isinstance(update, Planned):
+                    await self._keep_plan(current, update.plan)
                 else:
                     chunks.flush()
-                    await self._complete(current, update, queue_s)
+                    await self._complete(current, request, update, queue_s)
         finally:
             chunks.close()
             await updates.aclose()  # type: ignore[attr-defined]
 
-    async def _complete(self, current: Current, completed: Completed, queue_s: float) -> None:
+    async def _task(self, job: Job, request: protocol.TextRequest | protocol.StoredVision) -> Task:
+        """Return what the engine is asked.
+
+        Raises:
+            JobFailed: the job's frames are lost.
+        """
+        text = Task(
+            job=job.seq,
+            client=job.key.client,
+            messages=(),
+            sampling=request.sampling(),
+            max_tokens=request.max_tokens,
+            stop=request.stops(),
+            schema=request.schema_wanted(),
+        )
+        if isinstance(request, protocol.TextRequest):
+            return replace(text, messages=request.conversation())
+        frames = await self._frames(job)
+        camera = request.camera
+        return replace(
+            text,
+            messages=request.conversation(len(frames)),
+            questions=tuple(request.questions or ()),
+            look=Look(
+                frames=frames,
+                detail=request.detail,
+                window_min=camera.window.min if camera and camera.window else None,
+                left_s=job.left_s(self._clock.stamp()),
+                plan=None if job.plan is None else protocol.plan_of(job.plan),
+            ),
+        )
+
+    async def _frames(self, job: Job) -> tuple[bytes, ...]:
+        try:
+            return await self._store(lambda: self._journal.frames(job.seq), "frames", gone=())
+        except FramesLost as error:
+            message = f"the frames of this job are lost ({error.message}): send it again"
+            raise JobFailed(Code.DEAD, message) from None
+
+    async def _keep_plan(self, current: Current, plan: FramePlan) -> None:
+        """Journal what becomes of the frames: a later attempt sees the same ones."""
+        job = self._running(current.job)
+        kept = asdict(plan)
+        if current.is_over() or job.plan == kept:
+            return
+        await self._store(lambda: self._journal.plan(job.seq, kept), "plan", gone=None)
+        current.job = job = self._running(job).evolve(plan=kept)
+        self._scheduler.update(job)
+
+    async def _complete(
+        self,
+        current: Current,
+        request: protocol.TextRequest | protocol.StoredVision,
+        completed: Completed,
+        queue_s: float,
+    ) -> None:
         self._trace("after_infer")
         job = self._running(current.job)
         self._speed.learn(job, completed)
-        answer = completed.answers[0]
         info = self._engine.info
         run = protocol.Run(
             attempt=job.starts, queue_ms=queue_s * 1e3, model=info.model if info else ""
         )
-        final = protocol.result_event(job.key, answer, completed.timings, run)
-        usage = answer.usage
+        if isinstance(request, protocol.StoredVision):
+            run = replace(
+                run, frames=completed.frames, moments=request.moments,
+                several=request.questions is not None,
+            )  # fmt: skip
+            self._move_window(job, request, completed.frames)
+        final = protocol.result_event(job.key, completed.answers, completed.timings, run)
+        usage = protocol.usage_of(completed.answers)
         await self._end(
             job, final, Outcome.COMPLETED,
-            finish_reason=answer.finish_reason, prompt_tokens=usage.prompt_tokens,
+            finish_reason=completed.answers[-1].finish_reason, prompt_tokens=usage.prompt_tokens,
+            image_tokens=usage.image_tokens,
             cached_tokens=usage.cached_tokens, completion_tokens=usage.completion_tokens,
             ttft_ms=round(completed.timings.ttft_ms, 1),
             tokens_per_second=round(completed.timings.tokens_per_second, 2),
         )  # fmt: skip
+
+    def _move_window(
+        self, job: Job, request: protocol.StoredVision, frames: FramePlan | None
+    ) -> None:
+        """Let the next job of a window leave out what did not fit into this one."""
+        camera = request.camera
+        if frames is None or camera is None or camera.window is None:
+            return
+        first = frames.used[0].index
+        since = request.moments[first]
+        if first > 0 and since is not None:
+            self._cameras.trim(camera.choice(), job.key.client, since)
 
     async def _died(self, current: Current, death: EngineDied) -> None:
         job = self._running(current.job)
@@ -362,33 +434,51 @@ class Dispatcher:
                 Outgoing(topic=reply.topic, payload=payload, correlation=reply.correlation)
             )
 
-    def _say_chunk(self, current: Current, seq: int, delta: str) -> None:
+    def _say_chunk(self, current: Current, seq: int, delta: str, question: int | None) -> None:
         if current.is_over():
             return  # no chunk is sent after the final
         job = self._running(current.job)
-        self._offer(job, "chunk", attempt=job.starts, seq=seq, delta=delta)
+        self._offer(job, "chunk", attempt=job.starts, seq=seq, delta=delta, question=question)
 
     def _say_progress(self, current: Current, update: Progress) -> None:
         job = self._running(current.job)
         self._offer(
             job, "progress", attempt=job.starts, stage=update.stage, done=update.done,
-            total=update.total,
+            total=update.total, question=update.question,
         )  # fmt: skip
 
 
-class _Chunks:
-    """Gathers deltas: the first goes at once, then one chunk an interval, or when it is large."""
+def _request(job: Job) -> protocol.TextRequest | protocol.StoredVision:
+    try:
+        if job.kind is Kind.VISION:
+            return protocol.validate(protocol.StoredVision, job.request)
+        return protocol.validate(protocol.TextRequest, job.request)
+    except Refused as refusal:  # journaled by a version with other rules
+        raise JobFailed(refusal.code, refusal.message) from None
 
-    def __init__(self, send: Callable[[int, str], None], interval_s: float, max_bytes: int) -> None:
+
+class _Chunks:
+    """Gathers deltas: the first goes at once, then one chunk an interval, or when it is large.
+
+    A chunk is of one question.
+    """
+
+    def __init__(
+        self, send: Callable[[int, str, int | None], None], interval_s: float, max_bytes: int
+    ) -> None:
         self._send = send
         self._interval_s = interval_s
         self._max_bytes = max_bytes
         self._parts: list[str] = []
         self._size = 0
         self._seq = 0
+        self._question: int | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, text: str) -> None:
+    def add(self, text: str, question: int | None) -> None:
+        if question != self._question:
+            self.flush()
+            self._question = question
         self._parts.append(text)
         self._size += len(text.encode())
         if self._timer is None or self._size >= self._max_bytes:
@@ -411,7 +501,7 @@ class _Chunks:
             text = "".join(self._parts)
             self._parts.clear()
             self._size = 0
-            self._send(self._seq, text)
+            self._send(self._seq, text, self._question)
             self._seq += 1
 
     def close(self) -> None:

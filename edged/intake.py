@@ -7,23 +7,24 @@ refusal.
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from asyncio import Future
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import structlog
 
 from edged import protocol
-from edged.errors import Code, JobGone, JournalFull, JournalUnavailable, Refused
+from edged.errors import Code, FramesFull, JobGone, JournalFull, JournalUnavailable, Refused
 from edged.jobs import Draft, Job, Key, Kind, Reply, joined
 from edged.journal import Accepted, Journal, Known
 from edged.metrics import Totals
 from edged.outbox import Outbox
-from edged.ports import Bus, Clock, Incoming, Outgoing, Trace, no_trace
+from edged.ports import Bus, Clock, Engine, FrameSource, Incoming, Outgoing, Trace, no_trace
 from edged.scheduler import Scheduler
 from edged.tasks import Background
 from edged.topics import JOB_ID, MAX_CORRELATION_BYTES, NAME, Topics
@@ -39,6 +40,7 @@ class Rules:
 
     reply_prefixes: tuple[str, ...]
     payload_bytes: int
+    max_frames: int
     max_tokens: int
     model: str | None
     #: Only a session of MQTT 5 tells a retained request from a live one.
@@ -75,6 +77,8 @@ class Intake:
         journal: Journal,
         scheduler: Scheduler,
         outbox: Outbox,
+        engine: Engine,
+        cameras: FrameSource,
         totals: Totals,
         clock: Clock,
         background: Background,
@@ -87,6 +91,8 @@ class Intake:
         self._journal = journal
         self._scheduler = scheduler
         self._outbox = outbox
+        self._engine = engine
+        self._cameras = cameras
         self._totals = totals
         self._clock = clock
         self._background = background
@@ -223,12 +229,8 @@ class Intake:
     # Jobs
 
     def _accept(self, slot: _Slot, sender: _Sender, kind: Kind, body: dict[str, Any]) -> None:
-        if kind is Kind.VISION:
-            raise Refused(
-                Code.UNSUPPORTED,
-                "the model here has no vision: ask on request/text, without images",
-            )
-        request = protocol.validate(protocol.TextRequest, body)
+        model = protocol.VisionRequest if kind is Kind.VISION else protocol.TextRequest
+        request: protocol.JobRequest = protocol.validate(model, body)
         if request.max_tokens is not None and request.max_tokens > self._rules.max_tokens:
             raise Refused(
                 Code.INVALID,
@@ -246,22 +248,77 @@ class Intake:
             key=key,
             kind=kind,
             request={name: value for name, value in body.items() if name != "reply_to"},
-            digest=protocol.digest(kind, body),
+            digest=b"",
             reply=Reply(sender.reply or self._topics.response(key), slot.message.correlation),
             priority=request.priority,
             arrived=self._clock.stamp(),
             deadline_s=min(limits, default=None),
         )
-        self._admit(slot, sender, draft)
+        if isinstance(request, protocol.VisionRequest):
+            draft = self._with_images(draft, request)
+            self._admit(slot, sender, draft, request)
+        else:
+            draft = replace(draft, digest=protocol.digest(kind, draft.request))
+            self._admit(slot, sender, draft)
 
-    def _admit(self, slot: _Slot, sender: _Sender, draft: Draft) -> None:
+    def _with_images(self, draft: Draft, request: protocol.VisionRequest) -> Draft:
+        """Take the images out of a request; a camera's are chosen once there is room for a job."""
+        count, most = len(request.images()), self._rules.max_frames
+        if request.camera is not None:
+            window = request.camera.window
+            count = window.max if window else request.camera.last or 0
+        if count > most:
+            raise Refused(
+                Code.INVALID, f"frames: {count} are more than limits.frames, which is {most}"
+            )
+        frames = protocol.decoded_images(request)
+        body = protocol.stored(draft.request, request.taken())
+        hashes = [hashlib.sha256(frame).hexdigest() for frame in frames]
+        return replace(
+            draft,
+            request=body,
+            frames=frames,
+            digest=protocol.digest(draft.kind, body | {"images": hashes}),
+            answers=len(request.questions or ("",)),
+        )
+
+    def _look(self, draft: Draft, request: protocol.VisionRequest) -> Draft:
+        """Return the draft with its camera's frames, if it is to have any.
+
+        Raises:
+            Refused: `unsupported` or `no_frames`.
+        """
+        info = self._engine.info
+        if info is not None and not info.vision:
+            raise Refused(
+                Code.UNSUPPORTED,
+                info.no_vision or "the model here sees nothing: ask on request/text",
+            )
+        if request.camera is None:
+            return draft
+        shots = self._cameras.choose(request.camera.choice(), draft.key.client)
+        return replace(
+            draft,
+            request=draft.request | {"moments": [shot.ts for shot in shots]},
+            frames=tuple(shot.data for shot in shots),
+        )
+
+    def _admit(
+        self,
+        slot: _Slot,
+        sender: _Sender,
+        draft: Draft,
+        request: protocol.VisionRequest | None = None,
+    ) -> None:
         key = draft.key
         try:
+            if request is not None:
+                draft = self._look(draft, request)
             self._scheduler.reserve(key.client)
-        except Refused as full:
-            # It may be a job that is already here; then it needs no place.
+        except Refused as refusal:
+            # It may be a job that is already here; then it needs nothing.
             found = self._journal.find(key)
-            found.add_done_callback(partial(self._found, slot, sender, draft, full))
+            found.add_done_callback(partial(self._found, slot, sender, draft, refusal))
             return
         future = self._journal.accept(draft)
         self._accepting[key] = future
@@ -326,7 +383,11 @@ class Intake:
         try:
             rows = await self._journal.add_reply(known.seq, draft.reply)
         except JobGone:  # it has just been forgotten: this is a new job
-            self._admit(slot, sender, draft)
+            if draft.kind is Kind.VISION and not draft.frames:
+                message = "the job of this id has just been forgotten: send it again"
+                self._refuse(slot, sender, Refused(Code.NO_FRAMES, message))
+            else:
+                self._admit(slot, sender, draft)
             return
         except JournalUnavailable as error:
             self._refuse(slot, sender, _no_disk(error))
@@ -347,7 +408,7 @@ class Intake:
         position, eta_s = self._scheduler.place(job)
         payload = protocol.event(
             job.key, "accepted", position=position,
-            eta_s=None if eta_s is None else round(eta_s, 1), durable=True,
+            eta_s=None if eta_s is None else round(eta_s, 1), durable=job.durable,
         )  # fmt: skip
         for reply in (only,) if only else job.replies:
             self._outbox.post(
@@ -416,6 +477,8 @@ class Intake:
 
 
 def _no_disk(error: JournalUnavailable) -> Refused:
+    if isinstance(error, FramesFull) and error.in_memory:
+        return Refused(Code.MEMORY, f"no room for the frames: {error.message}", retry_after_s=30.0)
     if isinstance(error, JournalFull):
         message = f"no room to keep the job: {error.message}"
     else:

@@ -52,7 +52,10 @@ class Speed:
             {
                 "prompt_tokens": prompt,
                 "prompt_chars": max(1, prompt_chars(job)),
-                "all_prompt_tokens": sum(part.prompt_tokens for part in usage),
+                "text_tokens": sum(part.prompt_tokens - part.image_tokens for part in usage),
+                "image_tokens": sum(part.image_tokens for part in usage),
+                "frames": job.frames,
+                "look_s": (timings.decode_images_ms + timings.encode_ms) / 1e3,
                 "tokens": sum(part.completion_tokens for part in usage),
                 "prefill_s": timings.prefill_ms / 1e3,
                 "generate_s": timings.generate_ms / 1e3,
@@ -68,25 +71,26 @@ class Speed:
         """Return what a job takes at the median, seconds; None before the first."""
         if not self._runs:
             return None
-        return median(run["prefill_s"] + run["generate_s"] for run in self._runs)
+        return median(run["look_s"] + run["prefill_s"] + run["generate_s"] for run in self._runs)
 
     def estimate_s(self, job: Job) -> float | None:
         """Return what this job will likely take, in seconds; None before the first result.
 
         Prefill: the prompt's length in characters at the tokens a character and seconds a token
-        seen. Generation: as many tokens as at the median, or `max_tokens` if that is less.
+        seen, and likewise by its number of frames, which are also decoded and encoded. Generation:
+        as many tokens as at the median, or `max_tokens` if that is less, for each answer.
         """
         if not self._runs:
             return None
-        per_char = sum(run["all_prompt_tokens"] for run in self._runs) / sum(
-            run["prompt_chars"] for run in self._runs
-        )
+        prompt = prompt_chars(job) * self._per("text_tokens", "prompt_chars")
+        prompt += job.frames * self._per("image_tokens", "frames")
         tokens = float(self._median("tokens") or 0.0)
         asked = job.request.get("max_tokens")
         if isinstance(asked, int):
-            tokens = min(tokens, asked)
-        prefill = prompt_chars(job) * per_char * self._per("prefill_s", "prompt_tokens")
-        return prefill + tokens * self._per("generate_s", "tokens")
+            tokens = min(tokens, asked * job.answers)
+        look = job.frames * self._per("look_s", "frames")
+        prefill = prompt * self._per("prefill_s", "prompt_tokens")
+        return look + prefill + tokens * self._per("generate_s", "tokens")
 
     def _per(self, cost: str, count: str) -> float:
         total = sum(run[count] for run in self._runs)
@@ -118,4 +122,5 @@ def prompt_chars(job: Job) -> int:
             return sum(count(item) for name, item in value.items() if name in {"content", "text"})
         return 0
 
-    return sum(count(job.request.get(name)) for name in ("system", "prompt", "messages"))
+    names = ("system", "prompt", "messages", "questions")
+    return sum(count(job.request.get(name)) for name in names)

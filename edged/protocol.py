@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -21,8 +27,19 @@ from pydantic import (
 
 from edged.errors import Code, Refused
 from edged.jobs import Key
-from edged.ports import Answer, Sampling, Timings
-from edged.topics import JOB_ID
+from edged.ports import (
+    Answer,
+    Choice,
+    Detail,
+    DroppedFrame,
+    FramePlan,
+    PlannedFrame,
+    Sampling,
+    Timings,
+    Turn,
+    Usage,
+)
+from edged.topics import JOB_ID, NAME
 
 VERSION = 1
 
@@ -40,6 +57,7 @@ _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 MAX_DEADLINE_S = 30 * 86400
 MAX_STOP_CHARS = 256
+MAX_QUESTIONS = 16
 
 
 # Strict JSON ------------------------------------------------------------------------------------
@@ -59,10 +77,12 @@ def parse_json(payload: bytes) -> dict[str, Any]:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
         _invalid(f"the body is not UTF-8 (byte {error.start})")
-    if len(payload) > _COUNT_VALUES_ABOVE:
-        bare = _STRING.sub(b"", payload)
-        if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
-            _invalid(f"the body has more than {MAX_VALUES} values")
+    if (
+        len(payload) > _COUNT_VALUES_ABOVE
+        and _separators(payload) > MAX_VALUES  # in texts, too: to leave those out is costly
+        and _separators(_STRING.sub(b"", payload)) > MAX_VALUES
+    ):
+        _invalid(f"the body has more than {MAX_VALUES} values")
     try:
         body = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer,
@@ -76,6 +96,10 @@ def parse_json(payload: bytes) -> dict[str, Any]:
     except RecursionError:
         _invalid(f"the body is nested more than {MAX_DEPTH} levels deep")
     return body
+
+
+def _separators(text: bytes) -> int:
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _invalid(message: str) -> NoReturn:
@@ -189,7 +213,7 @@ class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> Turn:
         """Return the turn with its text parts joined."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
@@ -289,16 +313,12 @@ class TextRequest(JobRequest):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError('exactly one of "prompt" and "messages" is needed')
         if self.messages is not None:
-            if self.messages[-1].role != "user":
-                raise ValueError('the last of "messages" must be the user\'s')
-            systems = [i for i, message in enumerate(self.messages) if message.role == "system"]
-            if systems and (systems != [0] or self.system is not None):
-                raise ValueError('there may be one system text: first in "messages", or "system"')
+            _check_turns(self.messages, self.system)
             if not self.messages[-1].plain()["content"]:
                 raise ValueError('the last of "messages" has no text')
         return self
 
-    def conversation(self) -> tuple[dict[str, str], ...]:
+    def conversation(self) -> tuple[Turn, ...]:
         """Return the turns, the system text first, the user's last."""
         turns = [message.plain() for message in self.messages or ()]
         if self.prompt is not None:
@@ -306,6 +326,291 @@ class TextRequest(JobRequest):
         if self.system:
             turns.insert(0, {"role": "system", "content": self.system})
         return tuple(turns)
+
+
+def _check_turns(messages: Sequence[Message | SeeingMessage], system: str | None) -> None:
+    if messages[-1].role != "user":
+        raise ValueError('the last of "messages" must be the user\'s')
+    systems = [i for i, message in enumerate(messages) if message.role == "system"]
+    if systems and (systems != [0] or system is not None):
+        raise ValueError('there may be one system text: first in "messages", or "system"')
+
+
+# Vision requests --------------------------------------------------------------------------------
+
+
+def _moment(value: object) -> float | None:
+    """Return Unix seconds from a number or an RFC 3339 text with its zone."""
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return None if value is None else float(value)
+    if isinstance(value, str) and len(value) <= 40:
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            moment = None
+        if moment is not None and moment.tzinfo is not None:
+            return moment.timestamp()
+    raise ValueError("must be Unix seconds, or a time as in RFC 3339 (2026-01-31T12:00:00Z)")
+
+
+class InlineFrame(BaseModel):
+    """A frame that comes with its request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    image: str = Field(description="JPEG or PNG, as base64")
+    ts: float | None = Field(None, description="when it was taken: Unix seconds or RFC 3339")
+
+    @field_validator("ts", mode="before")
+    @classmethod
+    def _ts(cls, value: object) -> float | None:
+        return _moment(value)
+
+
+class Window(BaseModel):
+    """A camera's frames, growing from request to request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    min: int = Field(ge=1, description="the fewest frames, and how many a new window begins with")
+    max: int = Field(ge=1, description="the most frames")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Window:
+        if self.min > self.max:
+            raise ValueError('"min" is above "max"')
+        return self
+
+
+class CameraFrames(BaseModel):
+    """Frames of a camera, chosen when the request is accepted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    camera: str = Field(pattern=rf"^{NAME.pattern.removesuffix(chr(92) + 'Z')}$")
+    last: int | None = Field(None, ge=1, description="the newest so many")
+    span_s: float | None = Field(
+        None, gt=0, le=86400, description='spread "last" evenly over the newest so many seconds'
+    )
+    max_age_s: float | None = Field(None, gt=0, le=86400, description="none is older")
+    window: Window | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> CameraFrames:
+        if (self.last is None) == (self.window is None):
+            raise ValueError('exactly one of "last" and "window" is needed')
+        if self.span_s is not None and self.last is None:
+            raise ValueError('"span_s" goes with "last"')
+        return self
+
+    def choice(self) -> Choice:
+        """Return what a camera's buffer is asked."""
+        window = self.window
+        return Choice(
+            camera=self.camera, last=self.last, span_s=self.span_s, max_age_s=self.max_age_s,
+            window=None if window is None else (window.min, window.max),
+        )  # fmt: skip
+
+
+class ImageUrl(BaseModel):
+    """Where a message's frame is: in the URL itself."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    url: str
+
+    @field_validator("url")
+    @classmethod
+    def _data_only(cls, url: str) -> str:
+        head, comma, _ = url[:256].partition(",")
+        if not head.startswith("data:"):
+            raise ValueError("must be a data: URL, edged fetches nothing")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("must be data:image/jpeg;base64,… or data:image/png;base64,…")
+        return url
+
+
+class FramePart(BaseModel):
+    """A frame in a message's content, at its place in the text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Content = Annotated[
+    Annotated[str, Tag("Text")]
+    | Annotated[list[Annotated[TextPart | FramePart, Field(discriminator="type")]], Tag("Parts")],
+    Discriminator(
+        lambda value: {str: "Text", list: "Parts"}.get(type(value)),
+        custom_error_type="content",
+        custom_error_message="must be a text or a list of parts",
+    ),
+]
+
+
+class SeeingMessage(BaseModel):
+    """One turn of a conversation, frames in the user's turns."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+
+    @model_validator(mode="after")
+    def _frames_are_the_users(self) -> SeeingMessage:
+        if self.role != "user" and self.frame_parts():
+            raise ValueError(f"a frame in a turn of the {self.role}: put it into the user's")
+        return self
+
+    def frame_parts(self) -> list[FramePart]:
+        """Return the frames among the parts."""
+        if isinstance(self.content, str):
+            return []
+        return [part for part in self.content if isinstance(part, FramePart)]
+
+
+#: Told apart by JSON's own types, so that mistakes are told of the one that was meant. The tags
+#: are no fields and begin with a capital: `_explain` leaves such steps out.
+Frames = Annotated[
+    Annotated[list[InlineFrame], Field(min_length=1), Tag("Inline")]
+    | Annotated[CameraFrames, Tag("Camera")],
+    Discriminator(
+        lambda value: {list: "Inline", dict: "Camera"}.get(type(value)),
+        custom_error_type="frames",
+        custom_error_message='must be a list of {"image": …} or one {"camera": …}',
+    ),
+]
+
+
+class VisionRequest(JobRequest):
+    """A request on `request/vision`."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[SeeingMessage], Field(min_length=1)] | None = None
+    questions: Annotated[list[Text], Field(min_length=1, max_length=MAX_QUESTIONS)] | None = Field(
+        None, description="answered in order, the frames being looked at once"
+    )
+    frames: Frames | None = None
+    detail: Detail = Field("auto", description="how closely to look")
+
+    @model_validator(mode="after")
+    def _one_way_to_ask(self) -> VisionRequest:
+        if sum(each is not None for each in (self.prompt, self.messages, self.questions)) != 1:
+            raise ValueError('exactly one of "prompt", "messages" and "questions" is needed')
+        if self.messages is not None:
+            _check_turns(self.messages, self.system)
+        inline = any(message.frame_parts() for message in self.messages or ())
+        if inline and self.frames is not None:
+            raise ValueError('frames are either in "frames" or in "messages"')
+        if not inline and self.frames is None:
+            raise ValueError('there are no frames: "frames" is needed, or images in "messages"')
+        return self
+
+    @property
+    def camera(self) -> CameraFrames | None:
+        """The camera's frames that are asked for, if any."""
+        return self.frames if isinstance(self.frames, CameraFrames) else None
+
+    def images(self) -> list[tuple[str, str]]:
+        """Return the frames that came with the request: the field's name and the base64 text."""
+        if isinstance(self.frames, list):
+            return [(f"frames.{n}.image", frame.image) for n, frame in enumerate(self.frames)]
+        return [
+            (f"messages.{n}", part.image_url.url.partition(",")[2])
+            for n, message in enumerate(self.messages or ())
+            for part in message.frame_parts()
+        ]
+
+    def taken(self) -> list[float | None]:
+        """Return when the frames were taken that came with the request."""
+        if isinstance(self.frames, list):
+            return [frame.ts for frame in self.frames]
+        return [None for _ in self.images()]
+
+    def conversation(self, frames: int) -> tuple[Turn, ...]:
+        """Return the turns of a request with so many frames, a frame being its index.
+
+        What has no place in the text comes before the last turn's text. Of `questions` the last
+        turn has the frames only.
+        """
+        turns: list[Turn] = []
+        index = 0
+        for message in self.messages or ():
+            if isinstance(message.content, str):
+                turns.append({"role": message.role, "content": message.content})
+                continue
+            parts: list[str | int] = []
+            for part in message.content:
+                if isinstance(part, FramePart):
+                    parts.append(index)
+                    index += 1
+                else:
+                    parts.append(part.text)
+            turns.append({"role": message.role, "content": parts})
+        if self.messages is None:
+            turns.append({"role": "user", "content": self.prompt or ""})
+        if index == 0:
+            last = turns[-1]["content"]
+            text: list[str | int] = [last] if isinstance(last, str) and last else []
+            rest = text if isinstance(last, str) else last
+            turns[-1] = {"role": "user", "content": [*range(frames), *rest]}
+        if self.system:
+            turns.insert(0, {"role": "system", "content": self.system})
+        return tuple(turns)
+
+
+class StoredVision(VisionRequest):
+    """A vision request as a job keeps it: its frames lie elsewhere."""
+
+    moments: list[float | None]
+
+
+def decoded_images(request: VisionRequest) -> tuple[bytes, ...]:
+    """Return the frames that came with a request; nothing looks inside them here.
+
+    Raises:
+        Refused: `invalid`, one is no base64.
+    """
+    found = []
+    for where, text in request.images():
+        try:
+            data = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+        except ValueError:  # also text that is not ASCII
+            data = _wrapped(text)
+        if not data:
+            _invalid(f"{where}: must be JPEG or PNG as base64")
+        found.append(data)
+    return tuple(found)
+
+
+def _wrapped(text: str) -> bytes:
+    """Return base64 that has white space in it, as `base64` writes it; b"" if it is none."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return b""
+
+
+def stored(body: dict[str, Any], moments: Sequence[float | None]) -> dict[str, Any]:
+    """Return a vision request's body without its images, for the job to keep."""
+    kept = {name: value for name, value in body.items() if name != "reply_to"}
+    if isinstance(kept.get("frames"), list):
+        kept["frames"] = [{"image": ""} for _ in kept["frames"]]
+    if isinstance(kept.get("messages"), list):
+        kept["messages"] = [_without_images(message) for message in kept["messages"]]
+    return kept | {"moments": list(moments)}
+
+
+def _without_images(message: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        part | {"image_url": {"url": "data:;base64,"}} if part["type"] == "image_url" else part
+        for part in message["content"]
+    ]
+    return message | {"content": parts}
 
 
 class CancelRequest(_Request):
@@ -415,23 +720,65 @@ class Run:
     attempt: int
     queue_ms: float
     model: str
+    #: What became of the frames, and when each frame of the request was taken; None for text.
+    frames: FramePlan | None = None
+    moments: Sequence[float | None] = ()
+    #: The request had `questions`: the answers stand in a list, be it one.
+    several: bool = False
 
 
-def result_event(key: Key, answer: Answer, timings: Timings, run: Run) -> bytes:
-    """Return the `result` final of a job with one answer."""
-    fields: dict[str, Any] = {"text": answer.text}
-    if answer.has_json:
-        fields["json"] = answer.json
-    body = {
-        "v": VERSION, "id": key.id, "type": "result",
-        **({"client": key.client} if key.client is not None else {}),
-        **fields,
-        "finish_reason": answer.finish_reason,
-        "usage": asdict(answer.usage),
+def result_event(key: Key, answers: Sequence[Answer], timings: Timings, run: Run) -> bytes:
+    """Return the `result` final of a job."""
+    body: dict[str, Any] = {"v": VERSION, "id": key.id, "type": "result"}
+    if key.client is not None:
+        body["client"] = key.client
+    said = [_answer(answer) for answer in answers]
+    body |= {"answers": said} if run.several else said[0]
+    body |= {
+        "usage": asdict(usage_of(answers)),
         "timings": {"queue_ms": round(run.queue_ms, 1)}
         | {name: round(value, 2) for name, value in asdict(timings).items()},
-        "attempt": run.attempt,
-        "model": run.model,
-        "sha256": hashlib.sha256(answer.text.encode()).hexdigest(),
-    }  # fmt: skip
-    return encode(body)
+    }
+    if run.frames is not None:
+        body["frames"] = {
+            "used": [
+                {
+                    "index": frame.index, "ts": run.moments[frame.index],
+                    "tokens": frame.tokens, "crops": frame.crops,
+                }
+                for frame in run.frames.used
+            ],
+            "dropped": [asdict(frame) for frame in run.frames.dropped],
+        }  # fmt: skip
+    text = "\n".join(answer.text for answer in answers)
+    return encode(
+        body
+        | {
+            "attempt": run.attempt,
+            "model": run.model,
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+    )
+
+
+def usage_of(answers: Sequence[Answer]) -> Usage:
+    """Return what all answers took together."""
+    names = [field.name for field in fields(Usage)]
+    return Usage(**{name: sum(getattr(each.usage, name) for each in answers) for name in names})
+
+
+def plan_of(kept: dict[str, Any]) -> FramePlan:
+    """Return a frame plan from what the journal keeps of it."""
+    return FramePlan(
+        used=tuple(PlannedFrame(**frame) for frame in kept["used"]),
+        dropped=tuple(DroppedFrame(**frame) for frame in kept["dropped"]),
+    )
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        **({"json": answer.json} if answer.has_json else {}),
+        "finish_reason": answer.finish_reason,
+        "usage": asdict(answer.usage),
+    }

@@ -278,24 +278,6 @@ def test_images_on_request_text_are_refused_naming_the_other_topic(observer: Obs
     assert "request/vision" in refusal.body["message"]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"prompt": "what", "frames": [{"image": "aGVsbG8="}]},
-        {"questions": ["what", "where"], "frames": {"camera": "door", "last": 4}},
-        {"prompt": "what"},
-    ],
-)
-@pytest.mark.parametrize("client", [None, "desk"])
-def test_vision_is_unsupported_here(observer: Observer, body: Body, client: str | None) -> None:
-    topic = "request/vision" + (f"/{client}" if client else "")
-
-    refusal = refused(observer, {"id": "see", **body}, topic)
-
-    assert (refusal.body["code"], refusal.body["request"]) == ("unsupported", "vision")
-    assert refusal.topic == f"edged/box/response/{Name(client, 'see')}"
-
-
 # Reply topics -------------------------------------------------------------------------------------
 
 FORBIDDEN = {

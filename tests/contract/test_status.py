@@ -106,7 +106,7 @@ def test_info_is_retained_and_complete(box: Box) -> None:
     assert info.qos == 1
     assert info.expiry_s is None
     assert info_wrong(info.body) == []
-    assert info.body["capabilities"] == {"text": True, "vision": False, "json_schema": True}
+    assert info.body["capabilities"] == {"text": True, "vision": True, "json_schema": True}
     assert (info.body["model"], info.body["provider"]) == ("small", "cpu")
     limits = info.body["limits"]
     assert (limits["queue"], limits["payload_mb"], limits["results"]) == (40, 0.5, 77)
@@ -393,7 +393,7 @@ def test_the_status_is_told_after_every_connect(tmp_path: Path, protocol: Protoc
         # someone else connects as us, and goes again
         box.tool("mosquitto_pub", "-i", "edged-box", "-q", "1", "-t", "elsewhere", "-m", "x")
 
-        box.daemon.wait_log("mqtt.connected", count=2)
+        box.daemon.wait_log("mqtt.connected", client_id="edged-box", count=2)
         status = observer.wait_status("ready", after=before)
         assert status_wrong(status.body) == []
         assert info_wrong(observer.wait_on("info", after=before).body) == []

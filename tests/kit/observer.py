@@ -18,6 +18,7 @@ order holds within a QoS; every event has exactly the fields and the QoS of the 
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import re
@@ -26,7 +27,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
@@ -254,18 +255,28 @@ class Observer:
         *,
         client: str | None = None,
         id: str | None = None,  # noqa: A002 - the field's name
+        kind: Literal["text", "vision"] = "text",
         qos: int = 1,
         wait: bool = True,
         properties: dict[str, Any] | None = None,
         **fields: Any,
     ) -> Name:
-        """Publish a text request, under a fresh id unless one is given; return its name."""
+        """Publish a request, under a fresh id unless one is given; return its name."""
         name = Name(client, id or f"j-{uuid.uuid4().hex[:12]}")
         body = {"id": name.id, **({} if prompt is None else {"prompt": prompt}), **fields}
-        topic = "request/text" + (f"/{client}" if client else "")
+        topic = f"request/{kind}" + (f"/{client}" if client else "")
         self.expected.add(name)
         self.send(topic, body, qos=qos, wait=wait, **(properties or {}))
         return name
+
+    def look(self, prompt: str | None, frames: Sequence[bytes] | Body, **options: Any) -> Name:
+        """Publish a vision request with these frames, or a camera's; the rest is as in `ask`."""
+        if not isinstance(frames, dict):
+            images = [base64.b64encode(frame).decode("ascii") for frame in frames]
+            return self.ask(
+                prompt, kind="vision", frames=[{"image": image} for image in images], **options
+            )
+        return self.ask(prompt, kind="vision", frames=frames, **options)
 
     def cancel(self, name: Name, **fields: Any) -> None:
         """Publish a cancel for this job, as its client."""

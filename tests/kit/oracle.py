@@ -167,7 +167,23 @@ def _answers(value: Any) -> bool:
 
 
 def _frames(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"used", "dropped"}
+    if not isinstance(value, dict) or set(value) != {"used", "dropped"}:
+        return False
+    used, dropped = value["used"], value["dropped"]
+    indexes = [each["index"] for each in (*used, *dropped)]
+    return (
+        bool(used)
+        and sorted(indexes) == list(range(len(indexes)))
+        and [each["index"] for each in used] == sorted(each["index"] for each in used)
+        and all(
+            set(each) == {"index", "ts", "tokens", "crops"}
+            and (each["ts"] is None or type(each["ts"]) in {int, float})
+            and _int(1)(each["tokens"])
+            and _int(1)(each["crops"])
+            for each in used
+        )
+        and all(set(each) == {"index", "reason"} and _said(each["reason"]) for each in dropped)
+    )
 
 
 _FINISH = _in("stop", "length", "stop_string")

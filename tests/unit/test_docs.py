@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from edged.errors import Code
-from edged.protocol import CancelRequest, TextRequest
+from edged.protocol import CancelRequest, TextRequest, VisionRequest
 from edged.schema import config_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -19,12 +19,12 @@ def test_the_protocol_names_every_field_of_a_request() -> None:
     requests = text[text.index("## Requests") : text.index("## Events")]
     rows = re.findall(r"^\| (`.+?`) \|", requests, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == set(TextRequest.model_fields) | set(CancelRequest.model_fields)
+    models = (TextRequest, VisionRequest, CancelRequest)
+    assert named == {name for model in models for name in model.model_fields}
 
 
 def test_the_protocol_names_every_code() -> None:
     text = (ROOT / "PROTOCOL.md").read_text()
     rows = text[text.index("| code | as |") :].split("\n\n", 1)[0]
     named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows.splitlines())))
-    not_yet = {Code.BAD_FRAME, Code.NO_FRAMES}  # of vision
-    assert named == set(Code) - not_yet
+    assert named == set(Code)

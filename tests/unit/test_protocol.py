@@ -262,7 +262,7 @@ def test_a_result_says_what_it_took_and_its_hash() -> None:
         usage=Usage(prompt_tokens=9, cached_tokens=4, completion_tokens=3),
     )  # fmt: skip
     run = Run(attempt=2, queue_ms=12.3, model="phi")
-    body = json.loads(result_event(Key(None, "a"), answer, Timings(ttft_ms=1.5), run))
+    body = json.loads(result_event(Key(None, "a"), [answer], Timings(ttft_ms=1.5), run))
     assert body["json"] == {"a": "é"}
     assert body["sha256"] == hashlib.sha256(answer.text.encode()).hexdigest()
     assert body["usage"] == {
