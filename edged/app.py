@@ -206,6 +206,7 @@ class App:
             topics={
                 "root": self.topics.root,
                 "requests": list(self.topics.requests),
+                **({"cameras": self.topics.camera_frames} if settings.cameras.max else {}),
                 "reply_prefixes": list(settings.mqtt.reply_prefixes),
             },
             warnings=tuple(warnings(settings)),

@@ -348,6 +348,7 @@ def _fuse(arguments: argparse.Namespace) -> int:
         f"a frame of one crop of {geometry.crop} pixels is {geometry.tokens(1, 1)} tokens; "
         f"id {done.fused.placeholder} stands for them"
     )
+    print("an edged that runs sees with it from its next start on")
     return 0
 
 

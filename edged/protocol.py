@@ -339,17 +339,21 @@ def _check_turns(messages: Sequence[Message | SeeingMessage], system: str | None
 # Vision requests --------------------------------------------------------------------------------
 
 
-def _moment(value: object) -> float | None:
-    """Return Unix seconds from a number or an RFC 3339 text with its zone."""
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return None if value is None else float(value)
+def moment(value: object) -> float:
+    """Return Unix seconds from a number or an RFC 3339 text with its zone.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
     if isinstance(value, str) and len(value) <= 40:
         try:
-            moment = datetime.fromisoformat(value)
+            time = datetime.fromisoformat(value)
         except ValueError:
-            moment = None
-        if moment is not None and moment.tzinfo is not None:
-            return moment.timestamp()
+            time = None
+        if time is not None and time.tzinfo is not None:
+            return time.timestamp()
     raise ValueError("must be Unix seconds, or a time as in RFC 3339 (2026-01-31T12:00:00Z)")
 
 
@@ -364,7 +368,7 @@ class InlineFrame(BaseModel):
     @field_validator("ts", mode="before")
     @classmethod
     def _ts(cls, value: object) -> float | None:
-        return _moment(value)
+        return None if value is None else moment(value)
 
 
 class Window(BaseModel):
@@ -575,18 +579,19 @@ def decoded_images(request: VisionRequest) -> tuple[bytes, ...]:
     """
     found = []
     for where, text in request.images():
-        try:
-            data = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-        except ValueError:  # also text that is not ASCII
-            data = _wrapped(text)
+        data = decoded_image(text)
         if not data:
             _invalid(f"{where}: must be JPEG or PNG as base64")
         found.append(data)
     return tuple(found)
 
 
-def _wrapped(text: str) -> bytes:
-    """Return base64 that has white space in it, as `base64` writes it; b"" if it is none."""
+def decoded_image(text: str) -> bytes:
+    """Return what base64 stands for, b"" if it is none; line ends in it are allowed."""
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except ValueError:  # also text that is not ASCII
+        pass
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except ValueError:

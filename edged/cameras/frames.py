@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 
 from edged import protocol
@@ -36,26 +34,14 @@ def read_frame(payload: bytes, ts: str | None) -> tuple[bytes, float | None]:
         frame = protocol.validate(protocol.InlineFrame, protocol.parse_json(payload))
     except Refused as error:
         raise Refused(Code.BAD_FRAME, error.message) from None
-    data = _decoded(frame.image)
+    data = protocol.decoded_image(frame.image)
     if not _is_image(data):
-        raise Refused(Code.BAD_FRAME, "image: neither JPEG nor PNG")
+        raise Refused(Code.BAD_FRAME, "image: must be JPEG or PNG as base64")
     return data, None if frame.ts is None else _plausible(frame.ts)
 
 
 def _is_image(data: bytes) -> bool:
     return data.startswith((_JPEG, _PNG))
-
-
-def _decoded(text: str) -> bytes:
-    """Return what base64 stands for; white space in it is allowed, as `base64` writes it."""
-    try:
-        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
-    except ValueError:  # also text that is not ASCII
-        pass
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except ValueError:
-        raise Refused(Code.BAD_FRAME, "image: must be JPEG or PNG as base64") from None
 
 
 def _moment(text: str) -> float:
@@ -64,10 +50,9 @@ def _moment(text: str) -> float:
     if _NUMBER.match(text):
         return _plausible(float(text))
     try:
-        frame = protocol.validate(protocol.InlineFrame, {"image": "", "ts": text})
-    except Refused as error:
-        raise Refused(Code.BAD_FRAME, error.message) from None
-    return _plausible(frame.ts or 0.0)
+        return _plausible(protocol.moment(text))
+    except ValueError as error:
+        raise Refused(Code.BAD_FRAME, f"ts: {error}") from None
 
 
 def _plausible(ts: float) -> float:

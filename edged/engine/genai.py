@@ -280,7 +280,7 @@ def _no_vision(folder: ModelFolder, context: int) -> str | None:
             "limits.memory_mb or model.max_context, or give the box more memory"
         )
     if folder.unfused is not None:
-        return f"the loaded model's vision cannot be used: {folder.unfused}"
+        return f"the loaded model's vision cannot be used: {folder.unfused}, then start edged again"
     return "the loaded model has no vision: set model.path to a Phi-3.5-vision model"
 
 
