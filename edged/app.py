@@ -38,8 +38,8 @@ from edged.systemd import Notifier
 from edged.tasks import Background
 from edged.topics import Topics
 
-#: QoS 1 requests the broker may have under way to us at once.
-RECEIVE_MAXIMUM = 8
+#: QoS 1 requests the broker may have under way to us at once; as many of the largest size are held.
+RECEIVE_MAXIMUM = 4
 #: While the model loads, systemd is asked for this much more time, this often, seconds.
 EXTEND_S, EXTEND_EVERY_S = 60.0, 10.0
 JOURNAL_RETRY_S = 5.0

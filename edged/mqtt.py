@@ -370,8 +370,8 @@ class _Network:
         self.stopping: Literal["clean", "cut"] | None = None
         self.will_qos: Literal[0, 1] = 1
         self.will_retain = True
-        self._inbound = connection.inbound_bytes or 3 * (
-            connection.maximum_packet_size or 32 * 1024 * 1024 // 3
+        self._inbound = connection.inbound_bytes or (
+            min(connection.receive_maximum, 4) * (connection.maximum_packet_size or 8 * 1024 * 1024)
         )
         self._generations = generations
         self._loop = loop

@@ -41,7 +41,8 @@ class Connection:
     #: Asked at every connect, on the network thread; sent by the broker when we are lost.
     will: Callable[[], Outgoing] | None = None
     #: Bytes of messages that the event loop has not consumed or, at QoS 1, not acknowledged. A
-    #: message beyond it comes without payload. None: 3 x `maximum_packet_size`, or 32 MiB.
+    #: message beyond it comes without payload. None: `receive_maximum`, at most 4, times
+    #: `maximum_packet_size` (or 8 MiB).
     inbound_bytes: int | None = None
 
 

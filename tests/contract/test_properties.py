@@ -81,7 +81,7 @@ SENDABLE = [
 def test_a_forbidden_response_topic_is_refused_on_the_default_one(
     box: Box, observer: Observer, what: str
 ) -> None:
-    connects = len(box.daemon.log("mqtt.connected"))
+    connects = len(box.daemon.log("mqtt.connected", client_id="edged-box"))
     name = observer.ask(
         "!say x", client="desk", id="bad", properties={"ResponseTopic": FORBIDDEN[what]}
     )
@@ -91,7 +91,7 @@ def test_a_forbidden_response_topic_is_refused_on_the_default_one(
     assert refusal.body["code"] == "forbidden_reply"
     assert refusal.topic == "edged/box/response/desk/bad"
     assert observer.final(observer.ask("!say next"))["text"] == "next"
-    assert len(box.daemon.log("mqtt.connected")) == connects
+    assert len(box.daemon.log("mqtt.connected", client_id="edged-box")) == connects
 
 
 @pytest.mark.parametrize(

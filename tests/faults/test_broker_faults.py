@@ -29,6 +29,10 @@ from tests.kit.mosquitto import Authority, Mosquitto
 from tests.kit.observer import Observer
 
 QUICK = ("--reconnect", "0.2")
+#: The job connection, in log lines.
+JOBS: dict[str, Any] = {"client_id": "edged-box"}
+#: Settings for the fake broker, which has one connection.
+ALONE = {"cameras": {"max": 0}}
 
 
 @pytest.fixture
@@ -57,13 +61,13 @@ def test_a_broker_that_dies_and_comes_back_loses_nothing(
     ):
         daemon.wait_ready()
         for _ in range(2):
-            seen = len(daemon.log("mqtt.connected"))
+            seen = len(daemon.log("mqtt.connected", **JOBS))
             names = [observer.ask("!sleep 0.2 !say it") for _ in range(6)]
             observer.event(names[1], "started")
             # What it has answered in the same moment it may not have saved yet; that is its own.
             observer.send("/fence", b"x")
             restart(broker, observer)
-            line = daemon.wait_log("mqtt.connected", count=seen + 1)
+            line = daemon.wait_log("mqtt.connected", count=seen + 1, **JOBS)
             assert line["session_present"]
             names.append(observer.ask("!say after"))
             for name in names:
@@ -88,7 +92,7 @@ def test_a_broker_that_forgets_everything_costs_no_accepted_job(
         daemon.signal(signal.SIGSTOP)
         restart(broker, observer)
         daemon.signal(signal.SIGCONT)
-        assert not daemon.wait_log("mqtt.connected", count=2)["session_present"]
+        assert not daemon.wait_log("mqtt.connected", count=2, **JOBS)["session_present"]
         names.append(observer.ask("!say after"))
         for name in names:
             assert observer.final(name)["type"] == "result"
@@ -108,7 +112,7 @@ def test_an_ack_of_the_old_session_does_not_take_a_new_request(
         first = observer.ask("!say first")
         observer.wait(lambda: "in_accept_txn" in trace.read_text() or None, timeout_s=10)
         restart(broker, observer)
-        assert not daemon.wait_log("mqtt.connected", count=2)["session_present"]
+        assert not daemon.wait_log("mqtt.connected", count=2, **JOBS)["session_present"]
         second = observer.ask("!say second")
         observer.event(first, "accepted")  # the first is on disk; its ack is void
         observer.wait(lambda: trace.read_text().count("in_accept_txn") == 2)
@@ -144,7 +148,7 @@ async def _blackhole(directory: Path, broker: Mosquitto, ways: tuple[Way, ...]) 
         proxy.blackhole(*ways)
         loop = asyncio.get_running_loop()
         began = loop.time()
-        line = await ask(daemon.wait_log, "mqtt.disconnected")
+        line = await ask(daemon.wait_log, "mqtt.disconnected", client_id=device)
         assert loop.time() - began < 12.5  # 2 x keepalive and a turn of the loop
         assert line["reason"]
         for count in range(1, 13):  # jobs go on
@@ -210,7 +214,8 @@ async def test_a_broker_that_refuses_or_hangs_is_named_and_tried_again(
 
             async def disconnected(words: str) -> None:
                 look = lambda: next(  # noqa: E731
-                    (e for e in daemon.log("mqtt.disconnected") if words in e["reason"]), None
+                    (e for e in daemon.log("mqtt.disconnected", **JOBS) if words in e["reason"]),
+                    None,
                 )
                 await asyncio.to_thread(daemon.wait_until, look, words)
 
@@ -230,7 +235,12 @@ async def test_a_broker_that_refuses_or_hangs_is_named_and_tried_again(
 def _unreachable(daemon: Daemon, *words: str) -> None:
     """The daemon says why it cannot connect, lives on, and still ends at once."""
     look = lambda: next(  # noqa: E731
-        (e for e in daemon.log("mqtt.disconnected") if any(w in e["reason"] for w in words)), None
+        (
+            e
+            for e in daemon.log("mqtt.disconnected", **JOBS)
+            if any(w in e["reason"] for w in words)
+        ),
+        None,
     )
     daemon.wait_until(look, f"a reason with one of {words}")
     daemon.wait_log("engine.loaded")
@@ -291,7 +301,7 @@ async def _until(fake: FakeBroker, name: str, kind: str) -> dict[str, Any]:
 async def test_a_window_of_one_is_kept(tmp_path: Path) -> None:
     async with (
         FakeBroker(connack=(0, RECEIVE_MAXIMUM_1), answers=False) as fake,
-        Daemon(tmp_path, fake.port) as daemon,
+        Daemon(tmp_path, fake.port, settings=ALONE) as daemon,
     ):
         await asyncio.to_thread(daemon.wait_log, "engine.loaded")
         fake.write(_request(1, id="a", prompt="!say a") + _request(2, id="b", prompt="!say b"))
@@ -315,7 +325,7 @@ async def test_a_result_over_the_brokers_packet_size_becomes_an_error_with_both_
 ) -> None:
     async with (
         FakeBroker(connack=(0, MAXIMUM_PACKET_SIZE_4K)) as fake,
-        Daemon(tmp_path, fake.port, settings={"limits": {"max_tokens": 4000}}) as daemon,
+        Daemon(tmp_path, fake.port, settings={"limits": {"max_tokens": 4000}, **ALONE}) as daemon,
     ):
         await asyncio.to_thread(daemon.wait_log, "engine.loaded")
         fake.write(_request(1, id="big", prompt="!tokens 2000 0"))
@@ -337,7 +347,7 @@ async def test_a_result_over_the_brokers_packet_size_becomes_an_error_with_both_
 async def test_a_broker_without_qos_1_is_complained_of_loudly(tmp_path: Path) -> None:
     async with (
         FakeBroker(connack=(0, MAXIMUM_QOS_0)) as fake,
-        Daemon(tmp_path, fake.port) as daemon,
+        Daemon(tmp_path, fake.port, settings=ALONE) as daemon,
     ):
         await asyncio.to_thread(daemon.wait_state, "degraded")
         assert "QoS 0 only" in daemon.log("health.state")[-1]["reason"]
@@ -354,7 +364,7 @@ async def test_a_broker_without_qos_1_is_complained_of_loudly(tmp_path: Path) ->
 async def test_a_broker_that_retains_nothing_is_served_all_the_same(tmp_path: Path) -> None:
     async with (
         FakeBroker(connack=(0, RETAIN_UNAVAILABLE)) as fake,
-        Daemon(tmp_path, fake.port) as daemon,
+        Daemon(tmp_path, fake.port, settings=ALONE) as daemon,
     ):
         await asyncio.to_thread(daemon.wait_log, "engine.loaded")
         fake.write(_request(1, id="a", prompt="!say a"))
@@ -450,9 +460,12 @@ def test_two_with_one_client_id_notice_it_and_do_nothing_twice(
             look = lambda body: "client id" in body.get("reason", "")  # noqa: E731
             observer.wait_on("health", look)
             # both back off: without the pause there were ten connections a second
-            connected = len(one.log("mqtt.connected")) + len(two.log("mqtt.connected"))
-            one.wait_log("mqtt.connected", count=len(one.log("mqtt.connected")) + 1)
-            assert len(one.log("mqtt.connected")) + len(two.log("mqtt.connected")) < connected + 4
+            ones, twos = (len(each.log("mqtt.connected", **JOBS)) for each in (one, two))
+            one.wait_log("mqtt.connected", count=ones + 1, **JOBS)
+            assert (
+                sum(len(each.log("mqtt.connected", **JOBS)) for each in (one, two))
+                < ones + twos + 4
+            )
             two.signal(signal.SIGKILL)
             two.wait_exit()
         after = observer.ask("!say after")

@@ -35,7 +35,7 @@ def wait_stage(observer: Observer, stage: str) -> None:
 
 
 def connections(daemon: Daemon) -> int:
-    return len(daemon.log("mqtt.connected"))
+    return len(daemon.log("mqtt.connected", client_id="edged-box"))
 
 
 def attempts(observer: Observer, name: Name) -> list[int]:

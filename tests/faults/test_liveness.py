@@ -77,7 +77,7 @@ def test_an_exception_over_one_request_holds_up_no_other(
         observer.check(timeout_s=10)
         refused = [name for name in names if observer.events(name, "refused")]
         assert len(refused) <= 1
-        assert len(daemon.log("mqtt.connected")) == 1
+        assert len(daemon.log("mqtt.connected", client_id="edged-box")) == 1
         assert daemon.stop() == 0
 
 
@@ -192,7 +192,7 @@ def test_systemd_is_told_each_step_of_a_life(
 def test_ready_waits_for_the_broker(tmp_path: Path, manager: ServiceManager) -> None:
     with Daemon(tmp_path, 1, options=("--reconnect", "0.1"), env=manager.env()) as daemon:
         daemon.wait_log("engine.loaded")
-        daemon.wait_log("mqtt.disconnected")
+        daemon.wait_log("mqtt.disconnected", client_id="edged-box")
         manager.wait(
             lambda: any("subscribing" in x for _, x in manager.said), "the status that says so"
         )
@@ -387,7 +387,7 @@ def test_offline_it_ends_as_well(tmp_path: Path, broker: Mosquitto) -> None:
     with Daemon(tmp_path, broker.port, options=QUICK) as daemon:
         daemon.wait_ready()
         broker.kill()
-        daemon.wait_log("mqtt.disconnected")
+        daemon.wait_log("mqtt.disconnected", client_id="edged-box")
         began = time.monotonic()
         assert daemon.stop(15) == 0
         assert time.monotonic() - began < 5

@@ -35,6 +35,7 @@ class ChaosProxy:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._pairs: dict[asyncio.Task[None], tuple[socket.socket, ...]] = {}
+        self._hellos: dict[asyncio.Task[None], bytes] = {}
 
     async def __aenter__(self) -> Self:
         for event in self._open.values():
@@ -68,9 +69,11 @@ class ChaosProxy:
             await asyncio.gather(accepting, return_exceptions=True)
             listener.close()
 
-    def reset(self) -> None:
-        """End all connections with an RST."""
+    def reset(self, only: bytes = b"") -> None:
+        """End all connections with an RST, or those that began with a packet in which this is."""
         for task, sockets in list(self._pairs.items()):
+            if only not in self._hellos.get(task, b""):
+                continue
             for sock in sockets:
                 if sock.fileno() >= 0:  # it has not just ended by itself
                     _arm_reset(sock)
@@ -98,6 +101,7 @@ class ChaosProxy:
             task.add_done_callback(self._forget)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
+        self._hellos.pop(task, None)
         for sock in self._pairs.pop(task, ()):  # a task that was cancelled before it began
             sock.close()
 
@@ -115,7 +119,7 @@ class ChaosProxy:
             self._pairs[task] = (client, broker)
             cut = self.cut_after
             async with asyncio.TaskGroup() as pumps:
-                pumps.create_task(self._pump("up", client, broker, cut))
+                pumps.create_task(self._pump("up", client, broker, cut, task))
                 pumps.create_task(self._pump("down", broker, client, cut))
         except* (OSError, _Over):
             pass
@@ -129,12 +133,16 @@ class ChaosProxy:
         source: socket.socket,
         sink: socket.socket,
         cut: tuple[Way, int] | None,
+        connection: asyncio.Task[None] | None = None,
     ) -> None:
         loop = asyncio.get_running_loop()
         left = cut[1] if cut and cut[0] == way else None
+        due = 0.0  # when what was passed on before is through
         while True:
             await self._open[way].wait()
             data = await loop.sock_recv(source, _CHUNK)
+            if connection is not None:
+                self._hellos.setdefault(connection, data)
             await self._open[way].wait()
             if not data:
                 raise _Over  # an end on one side ends both
@@ -147,7 +155,8 @@ class ChaosProxy:
                 left -= len(data)
             rate = self.rate.get(way)
             if rate is not None:
-                await asyncio.sleep(len(data) / rate)
+                due = max(due, loop.time()) + len(data) / rate
+                await asyncio.sleep(due - loop.time())
             await loop.sock_sendall(sink, data)
 
 
