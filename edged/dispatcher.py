@@ -231,11 +231,16 @@ class Dispatcher:
         )
 
     async def _frames(self, job: Job) -> tuple[bytes, ...]:
+        frames: tuple[bytes, ...] = ()
+        why = "the journal has lost the job"
         try:
-            return await self._store(lambda: self._journal.frames(job.seq), "frames", gone=())
+            frames = await self._store(lambda: self._journal.frames(job.seq), "frames", gone=frames)
         except FramesLost as error:
-            message = f"the frames of this job are lost ({error.message}): send it again"
-            raise JobFailed(Code.DEAD, message) from None
+            why = error.message
+        if not frames:
+            message = f"the frames of this job are lost ({why}): send it again"
+            raise JobFailed(Code.DEAD, message)
+        return frames
 
     async def _keep_plan(self, current: Current, plan: FramePlan) -> None:
         """Journal what becomes of the frames: a later attempt sees the same ones."""
@@ -283,7 +288,7 @@ class Dispatcher:
     ) -> None:
         """Let the next job of a window leave out what did not fit into this one."""
         camera = request.camera
-        if frames is None or camera is None or camera.window is None:
+        if frames is None or not frames.used or camera is None or camera.window is None:
             return
         first = frames.used[0].index
         since = request.moments[first]

@@ -99,7 +99,7 @@ class Intake:
         self._cancel_job = cancel
         self._trace = trace
         self._slots: deque[_Slot] = deque()
-        self._accepting: dict[Key, Future[Accepted | Known]] = {}
+        self._accepting: dict[Key, Future[Any]] = {}
         self.stopping = False
 
     # Messages and their acks
@@ -254,12 +254,16 @@ class Intake:
             arrived=self._clock.stamp(),
             deadline_s=min(limits, default=None),
         )
-        if isinstance(request, protocol.VisionRequest):
-            draft = self._with_images(draft, request)
-            self._admit(slot, sender, draft, request)
-        else:
+        if not isinstance(request, protocol.VisionRequest):
             draft = replace(draft, digest=protocol.digest(kind, draft.request))
             self._admit(slot, sender, draft)
+            return
+        draft = self._with_images(draft, request)
+        if request.camera is None:
+            self._admit(slot, sender, draft, request)
+        else:  # known or not: a request that comes again must not move its window
+            admit = partial(self._admit, slot, sender, draft, request)
+            self._look_up(slot, sender, draft, admit)
 
     def _with_images(self, draft: Draft, request: protocol.VisionRequest) -> Draft:
         """Take the images out of a request; a camera's are chosen once there is room for a job."""
@@ -312,13 +316,16 @@ class Intake:
     ) -> None:
         key = draft.key
         try:
-            if request is not None:
-                draft = self._look(draft, request)
             self._scheduler.reserve(key.client)
+            try:
+                if request is not None:
+                    draft = self._look(draft, request)
+            except BaseException:
+                self._scheduler.give_up(key.client)
+                raise
         except Refused as refusal:
             # It may be a job that is already here; then it needs nothing.
-            found = self._journal.find(key)
-            found.add_done_callback(partial(self._found, slot, sender, draft, refusal))
+            self._look_up(slot, sender, draft, partial(self._refuse, slot, sender, refusal))
             return
         future = self._journal.accept(draft)
         self._accepting[key] = future
@@ -349,14 +356,24 @@ class Intake:
         self._tell_accepted(answer.job)
         self._settle(slot)
 
+    def _look_up(
+        self, slot: _Slot, sender: _Sender, draft: Draft, otherwise: Callable[[], None]
+    ) -> None:
+        """Answer as a known job, or do otherwise."""
+        future = self._journal.find(draft.key)
+        self._accepting[draft.key] = future
+        future.add_done_callback(partial(self._found, slot, sender, draft, otherwise))
+
     def _found(
         self,
         slot: _Slot,
         sender: _Sender,
         draft: Draft,
-        full: Refused,
+        otherwise: Callable[[], None],
         future: Future[Known | None],
     ) -> None:
+        if self._accepting.get(draft.key) is future:
+            del self._accepting[draft.key]
         try:
             known = future.result()
         except JournalUnavailable as error:
@@ -365,10 +382,13 @@ class Intake:
         except Exception:  # noqa: BLE001 - see `_fail`
             self._fail(slot, sender)
             return
-        if known is None:
-            self._refuse(slot, sender, full)
-        else:
+        if known is not None:
             self._known(slot, sender, draft, known)
+            return
+        try:
+            otherwise()
+        except Exception:  # noqa: BLE001 - see `_fail`
+            self._fail(slot, sender)
 
     def _known(self, slot: _Slot, sender: _Sender, draft: Draft, known: Known) -> None:
         if known.digest != draft.digest:
@@ -425,12 +445,12 @@ class Intake:
         request = protocol.validate(protocol.CancelRequest, body)
         key = Key(sender.client, request.id)
         sender.key = key
-        if (accepting := self._accepting.get(key)) is not None:
-            accepting.add_done_callback(lambda _: self._cancel_known(slot, sender, key))
-        else:
-            self._cancel_known(slot, sender, key)
+        self._cancel_known(slot, sender, key)
 
     def _cancel_known(self, slot: _Slot, sender: _Sender, key: Key) -> None:
+        if (accepting := self._accepting.get(key)) is not None:  # not a job yet, and soon one
+            accepting.add_done_callback(lambda _: self._cancel_known(slot, sender, key))
+            return
         job = self._scheduler.find(key)
         if job is None:
             message = "no job of this client with this id waits or runs"

@@ -11,6 +11,17 @@ import structlog
 
 from tests.kit.mosquitto import PROGRAM, Authority, Mosquitto, free_port
 
+#: Tests that kill, flood, and look at the clock: one at a time, so that none disturbs another.
+_ALONE = ("faults", "integration", "e2e", "bench")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for two workers: a file's tests share its box."""
+    for item in items:
+        folder, *_ = item.path.relative_to(Path(__file__).parent).parts
+        item.add_marker(pytest.mark.xdist_group("alone" if folder in _ALONE else str(item.path)))
+
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Mosquitto]:

@@ -205,6 +205,11 @@ class GenaiBackend:
                     raise ModelError(f"{folder.path}: {failed.message}, in its warm-up") from None
                 self._vision = None  # texts can be answered all the same
                 self._no_vision = f"no memory is left to look at frames: {failed.message}"
+            except Exception as error:
+                # onnxruntime's own exceptions share no class, and are no RuntimeError
+                if not type(error).__module__.startswith("onnxruntime"):
+                    raise
+                raise RuntimeError(f"its vision encoder cannot be run: {error}") from None
 
 
 class _NoDesk:

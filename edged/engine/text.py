@@ -153,8 +153,8 @@ def answer(
 ) -> tuple[tuple[Answer, ...], Timings]:
     """Answer prompts that fit, one after the other; what they share is computed once.
 
-    The first answer's usage is that of its whole prompt, a later one's that of what was computed
-    for it beyond what it shares with the one before it.
+    The first answer's usage is that of its whole prompt, a later one's that of what its prompt has
+    beyond what it shares with the one before it.
 
     Args:
         model: the loaded model.
@@ -180,11 +180,12 @@ def answer(
         decoded = decode(
             model, session, ask.prompt, task, desk, constraint=ask.constraint, question=question
         )
-        counted = cached if answers else 0
+        # even if it had to be computed anew, what it shares with the one before is counted there
+        counted = _shared(asks[index - 1].prompt, ask.prompt) if answers else 0
         usage = Usage(
             prompt_tokens=len(ask.prompt) - counted,
             image_tokens=sum(max(0, sight.end - max(counted, sight.start)) for sight in ask.sights),
-            cached_tokens=cached - counted,
+            cached_tokens=max(0, cached - counted),
             completion_tokens=decoded.tokens,
         )
         answers.append(finish(decoded, usage, ask.constraint))
@@ -197,6 +198,12 @@ def answer(
         generate_ms=1000 * generate_s,
         tokens_per_second=later / generate_s if generate_s > 0 else 0.0,
     )
+
+
+def _shared(before: Sequence[int], after: Sequence[int]) -> int:
+    """Return how many ids two prompts about the same frames begin with alike."""
+    pairs = enumerate(zip(before, after, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(before), len(after)))
 
 
 def decode(

@@ -60,10 +60,8 @@ def _graph_locations(graph: memoryview, depth: int) -> set[str]:
             continue
         if number == 5:  # GraphProto.initializer
             found |= _tensor_location(value)
-        elif number == 15:  # GraphProto.sparse_initializer: two tensors
-            for inner, tensor in _fields(value):
-                if inner in (1, 2) and isinstance(tensor, memoryview):
-                    found |= _tensor_location(tensor)
+        elif number == 15:  # GraphProto.sparse_initializer
+            found |= _sparse_locations(value)
         elif number == 1:  # GraphProto.node
             found |= _node_locations(value, depth)
     return found
@@ -84,8 +82,18 @@ def _attribute_locations(attribute: memoryview, depth: int) -> set[str]:
             continue
         if number in (5, 10):  # AttributeProto.t, .tensors
             found |= _tensor_location(value)
+        elif number in (22, 23):  # AttributeProto.sparse_tensor, .sparse_tensors
+            found |= _sparse_locations(value)
         elif number in (6, 11):  # AttributeProto.g, .graphs
             found |= _graph_locations(value, depth)
+    return found
+
+
+def _sparse_locations(sparse: memoryview) -> set[str]:
+    found: set[str] = set()
+    for number, tensor in _fields(sparse):
+        if number in (1, 2) and isinstance(tensor, memoryview):  # values and indices
+            found |= _tensor_location(tensor)
     return found
 
 

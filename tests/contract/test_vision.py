@@ -223,6 +223,37 @@ def test_a_window_grows_by_the_newest_frame_and_begins_anew(observer: Observer) 
     ]
 
 
+def test_an_engine_that_uses_no_frame_of_a_window_ends_nobody(observer: Observer) -> None:
+    film(observer, "blind", 0)
+    window = {"camera": "blind", "window": {"min": 1, "max": 3}}
+    name = observer.look("!drop 0 !say nothing", window)
+    assert observer.final(name)["text"] == "nothing"
+    assert observer.final(observer.ask("!say well"))["text"] == "well"
+    observer.forget(name)  # no result of a real engine
+
+
+def test_a_repeated_request_does_not_move_its_window(observer: Observer) -> None:
+    film(observer, "shed", 1, 2, 3)
+    window = {"camera": "shed", "window": {"min": 2, "max": 6}}
+    name = observer.look("!frames", window, id="one-tick")
+    assert observer.final(name)["text"] == hashed(2, 3)
+    for number in (4, 5):
+        observer.send("camera/shed/frame", jpeg(number), qos=0)
+        observer.wait_on("camera/shed/status", lambda b, n=number: b["buffered"] >= n)  # type: ignore[misc]
+        before = len(observer.finals(name))
+        observer.look("!frames", window, id="one-tick")
+        observer.wait(lambda: len(observer.finals(name)) > before, "the final again")  # noqa: B023
+    assert observer.final(observer.look("!frames", window))["text"] == hashed(2, 3, 5)
+
+
+def test_a_camera_job_is_cancelled_at_once(observer: Observer) -> None:
+    film(observer, "path", 1)
+    names = [observer.look("!tokens 200 20", {"camera": "path", "last": 1}) for _ in range(2)]
+    for name in names:
+        observer.cancel(name)
+    assert [observer.final(name)["code"] for name in names] == ["cancelled", "cancelled"]
+
+
 def test_a_cameras_frames_are_the_jobs_from_its_acceptance(observer: Observer) -> None:
     film(observer, "gate", 1, 2)
     busy = observer.ask("!tokens 30 20")
@@ -419,3 +450,27 @@ def test_every_attempt_keeps_the_plan_of_the_first(tmp_path: Any) -> None:
         observer.check(crashed=True)
         plan = observer.look("!drop 1 !plan", text_of(1, 2, 3))
         assert [f["index"] for f in json.loads(observer.final(plan)["text"])["used"]] == [0, 2]
+
+
+def test_a_request_that_gets_no_place_does_not_move_its_window(tmp_path: Any) -> None:
+    with serve(tmp_path, settings={"limits": {"queue": 1}}) as box, box.observer() as observer:
+        window = {"camera": "yard", "window": {"min": 2, "max": 6}}
+        film(observer, "yard", 0, 1)
+        assert observer.final(observer.look("!frames", window))["text"] == hashed(0, 1)
+        busy = observer.ask("!tokens 1000 50")
+        observer.event(busy, "started")
+        waits = observer.ask("!say x")
+        observer.event(waits, "accepted")
+        film(observer, "yard", 2)
+        observer.wait_on("camera/yard/status", lambda body: body["buffered"] == 3)
+        assert observer.refusal(observer.look("!frames", window)).body["code"] == "queue_full"
+        observer.cancel(busy)
+        observer.final(waits)
+        film(observer, "yard", 3)
+        observer.wait_on("camera/yard/status", lambda body: body["buffered"] == 4)
+        assert observer.final(observer.look("!frames", window))["text"] == hashed(0, 1, 3)
+        nobody = {"camera": "nobody", "last": 1}
+        for _ in range(3):  # none of them keeps a place
+            assert observer.refusal(observer.look("!frames", nobody)).body["code"] == "no_frames"
+        assert observer.final(observer.ask("!say x"))["text"] == "x"
+        observer.check()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,29 @@ def test_ten_megabytes_of_brackets_do_not_hold_the_loop() -> None:
 def test_commas_in_a_long_text_are_no_values() -> None:
     text = '",[{' * 100_000
     assert parse_json(encode({"prompt": text})) == {"prompt": text}
+
+
+@pytest.mark.parametrize("text", ['\\"', '\\\\"', "\\\\", '\\\\\\",'])
+def test_values_are_told_from_texts_whatever_is_escaped(text: str) -> None:
+    long = text.replace('\\"', '"').replace("\\\\", "\\") * 50_000 + ",[{" * 10_000
+    body = {"a": long, "b": [0] * (MAX_VALUES - 5), long[:9]: long}
+    assert parse_json(encode(body)) == body
+    body["c"] = [[]] * 6
+    assert "values" in refusal(encode(body))
+
+
+def test_escapes_do_not_hold_the_loop() -> None:
+    payload = b'{"prompt":"' + b'\\",' * 2_600_000 + b'"}'
+
+    def least(read: Callable[[bytes], object]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            read(payload)
+            times.append(time.process_time() - began)
+        return min(times)
+
+    assert least(parse_json) < 4 * least(json.loads)  # a pattern for texts: six times as long
 
 
 @given(st.binary(max_size=200))

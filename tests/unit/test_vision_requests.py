@@ -2,6 +2,7 @@
 
 import base64
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from edged.protocol import (
     Run,
     StoredVision,
     VisionRequest,
+    decoded_image,
     decoded_images,
     digest,
     plan_of,
@@ -172,7 +174,11 @@ def test_a_cameras_frames_are_asked_for(frames: dict[str, Any], choice: Choice) 
         ),
         (
             {"messages": [{"role": "user", "content": [seen("http://x/a.jpg")]}]},
-            "edged fetches nothing",
+            "messages.0.content.0.image_url.url: must be a data: URL, edged fetches nothing",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [seen(), {"type": "text"}]}]},
+            "messages.0.content.1.text: ",
         ),
         ({"messages": [{"role": "user", "content": [seen("data:image/png,abc")]}]}, "base64"),
         (
@@ -200,6 +206,22 @@ def test_base64_with_line_ends_is_taken() -> None:
     assert "\n" in wrapped.strip()
     request = validate(VisionRequest, {"prompt": "x", "frames": [{"image": wrapped}]})
     assert decoded_images(request) == (JPEG * 10,)
+
+
+def test_base64_full_of_blanks_costs_no_more_than_other_base64() -> None:
+    # as words of their own, these are two hundred megabytes
+    blanks = " ".join(["QUFB"] * 800_000)
+    tracemalloc.start()
+    try:
+        assert decoded_image(blanks) == b"AAA" * 800_000
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(blanks)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", ["", "QUF", "QU\u00c4B", "QU\u3000FB", "QU FB!"])
+def test_what_is_no_base64_is_nothing(text: str) -> None:
+    assert decoded_image(text) == b""
 
 
 def test_a_job_keeps_its_request_without_the_images() -> None:
@@ -254,6 +276,8 @@ def test_a_plan_comes_back_from_the_journals_json() -> None:
         )
     )
     assert plan_of(kept) == PLAN
+    kept["used"][0]["since"] = "a later version"
+    assert plan_of(kept) is None
 
 
 def test_a_result_tells_what_became_of_the_frames() -> None:

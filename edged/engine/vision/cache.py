@@ -51,6 +51,12 @@ class FrameCache:
         while self._bytes > self._most:
             self._drop(next(iter(self._kept)))
 
+    def let_go(self, mb: float) -> None:
+        """Let the longest unused go until so many MB are free of them, or nothing is kept."""
+        least = self._bytes - mb * 1e6
+        while self._kept and self._bytes > least:
+            self._drop(next(iter(self._kept)))
+
     def clear(self) -> None:
         """Keep nothing, and forget that anything was ever found."""
         self._kept.clear()

@@ -78,6 +78,9 @@ class Encoder:
         self._sizes = inputs.get("image_sizes", "image_sizes")
         self._output = outputs.get("image_features", "image_features")
         self._dtypes = {each.name: _DTYPES.get(each.type) for each in self._session.get_inputs()}
+        shapes = {each.name: each.shape for each in self._session.get_inputs()}
+        #: Views that the graph takes for every frame, if it leaves no choice.
+        self._views = next((n for n in shapes.get(self._pixels, ())[1:2] if type(n) is int), None)
         if {self._pixels, self._sizes} != set(self._dtypes) or None in self._dtypes.values():
             raise ModelError(
                 f"{path}: its inputs are {', '.join(sorted(self._dtypes))}; "
@@ -94,10 +97,13 @@ class Encoder:
         Raises:
             BadFeatures: there are more or fewer, or what came is no number.
         """
+        pixels = crops.pixel_values[np.newaxis]
+        if self._views is not None and pixels.shape[1] < self._views:
+            filled = np.zeros((1, self._views, *pixels.shape[2:]), pixels.dtype)
+            filled[:, : pixels.shape[1]] = pixels
+            pixels = filled
         feeds = {
-            self._pixels: crops.pixel_values[np.newaxis].astype(
-                self._dtypes[self._pixels], copy=False
-            ),
+            self._pixels: pixels.astype(self._dtypes[self._pixels], copy=False),
             self._sizes: np.asarray([crops.image_size], self._dtypes[self._sizes]),
         }
         features = self._run(feeds, views=len(crops.pixel_values))

@@ -184,7 +184,8 @@ class _Planner:
         if self._given.detail == "auto":
             shared = self._shared(candidates, 0)
             going_on = self._go_on(candidates, shared)
-            if going_on is not None:
+            limit = self._limit(len(candidates))  # one frame alone may have had more
+            if going_on is not None and all(n <= limit for _, n in self._given.live[:shared]):
                 return _result(going_on, {})
         return self._anew(candidates, {}, ahead=0)
 

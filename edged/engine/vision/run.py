@@ -41,6 +41,8 @@ from edged.ports import Completed, FramePlan, Look, PlannedFrame, Task
 
 #: Bytes that a pixel of the crops takes while a frame is cut into them; see `transform`.
 _TRANSFORM_BYTES_A_PIXEL = 23
+#: Pixels; a frame of fewer is decoded and cut about as quickly as one of so many.
+_SMALL = 1_000_000
 
 
 @dataclass(slots=True)
@@ -82,7 +84,7 @@ class Vision:
         self.cache = cache
         self._limit_mb = limit_mb
         self._first_token_s = first_token_s
-        #: Seconds that the last decoded frame took.
+        #: Seconds that the last decoded frame took, by its size; see `_size`.
         self._decode_s: float | None = None
 
     def run(self, task: Task, look: Look, desk: Desk) -> Completed:
@@ -134,8 +136,12 @@ class Vision:
             with _of_frame(index):
                 width, height = probe(data)
 
-            def thumb(data: bytes = data, index: int = index) -> NDArray[np.uint8]:
+            def thumb(
+                data: bytes = data, index: int = index, pixels: int = width * height
+            ) -> NDArray[np.uint8] | None:
                 desk.check()
+                if PEAK_BYTES_A_PIXEL * pixels / 1e6 > self._limit_mb - footprint.resident_mb():
+                    return None  # it may be left out, or known already: no reason to fail yet
                 with _of_frame(index):
                     small = decode(data, least=(16, 16)).thumb()
                 desk.step(work=1, done=0, total=1)
@@ -156,6 +162,9 @@ class Vision:
         """Return what a plan depends on."""
         live, text_cached = self._live(task)
         token_s, view_s = self._session.chunks.token_s, self._encoder.view_s
+        decode_s = self._decode_s
+        if decode_s is not None:
+            decode_s *= sum(_size(c) for c in candidates) / len(candidates)
         return Conditions(
             geometry=self._geometry,
             context=self._model.context,
@@ -166,12 +175,12 @@ class Vision:
             first_token_s=self._first_token_s,
             left_s=look.left_s,
             speed=Speed(
-                prefill=1 / token_s if token_s else None, encode_s=view_s, decode_s=self._decode_s
+                prefill=1 / token_s if token_s else None, encode_s=view_s, decode_s=decode_s
             ),
             window_min=look.window_min,
             live=live,
-            encoded=self.cache.of(task.client),
             max_crops_now=self._max_crops(candidates),
+            encoded=self.cache.of(task.client),  # only now: that may have let some go
         )
 
     def _text_tokens(self, task: Task) -> Callable[[tuple[int, ...]], int]:
@@ -231,8 +240,8 @@ class Vision:
 
     def _max_crops(self, candidates: Sequence[Candidate]) -> int:
         """Return the most crops there is memory for now, whichever frame it is; at least 1."""
-        free = self._limit_mb - footprint.resident_mb()
         width, height = max(((c.width, c.height) for c in candidates), key=lambda s: s[0] * s[1])
+        free = self._free_mb(self._need_mb(1, width, height))
         fitting = [
             crops
             for crops in range(1, self._geometry.max_crops + 1)
@@ -240,14 +249,23 @@ class Vision:
         ]
         return max(fitting, default=1)
 
+    def _free_mb(self, need: float) -> float:
+        """Return the MB that are free; kept frames go if there would be too few."""
+        free = self._limit_mb - footprint.resident_mb()
+        if need > free and self.cache.size_mb:
+            self.cache.let_go(need - free)
+            footprint.give_back()
+            free = self._limit_mb - footprint.resident_mb()
+        return free
+
     def _check_memory(self, frame: PlannedFrame, candidate: Candidate) -> None:
-        resident = footprint.resident_mb()
         need = self._need_mb(frame.crops, candidate.width, candidate.height)
-        if resident + need > self._limit_mb:
+        free = self._free_mb(need)
+        if need > free:
             raise JobFailed(
                 Code.MEMORY,
                 f"frame {frame.index} ({candidate.width} x {candidate.height}) needs {need:.0f} MB "
-                f"while it is looked at, {max(0.0, self._limit_mb - resident):.0f} of the "
+                f"while it is looked at, {max(0.0, free):.0f} of the "
                 f"{self._limit_mb:.0f} MB that may be used are free: send a smaller frame, or "
                 "raise limits.memory_mb",
             )
@@ -312,8 +330,9 @@ class Vision:
             picture = decode(data, needed(*size, frame.crops, self._geometry))
         crops = transform(picture, frame.crops, self._geometry)
         del picture
-        self._decode_s = time.perf_counter() - began
-        spent.decode += self._decode_s
+        took = time.perf_counter() - began
+        self._decode_s = took / _size(candidate)
+        spent.decode += took
         desk.step(work=1, done=done + 1, total=total)
 
         desk.begin("encode", work=views, done=done, total=total)
@@ -326,6 +345,11 @@ class Vision:
         spent.encode += time.perf_counter() - began
         desk.step(work=views, done=done + 1, total=total)
         return features
+
+
+def _size(candidate: Candidate) -> float:
+    """Return a frame's size as far as decoding is slower by it: pixels, small ones being alike."""
+    return float(max(candidate.width * candidate.height, _SMALL))
 
 
 @contextmanager

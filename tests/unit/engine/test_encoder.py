@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from edged.engine import footprint
@@ -13,8 +14,9 @@ from edged.engine.loading import SetupError
 from edged.engine.vision.encoder import BadFeatures, Encoder
 from edged.engine.vision.transform import Crops
 from edged.models.folder import ModelError, ModelFolder, inspect
+from edged.models.fuse import fuse
 from edged.models.geometry import Geometry
-from tests.kit.vision import STOCK_FP16, frames, fused_folder
+from tests.kit.vision import STOCK_FP16, frames, fused_folder, stock_copy
 from tests.kit.vision import Encoder as Reference
 
 pytestmark = pytest.mark.engine
@@ -49,6 +51,25 @@ def test_a_frame_has_as_many_rows_as_the_geometry_says(
     assert found.shape == (tokens, 64)
     expected = Reference(folder)(crops(rows, columns).pixel_values, rows=rows, columns=columns)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_that_leaves_no_choice_of_views_is_given_as_many(tmp_path: Path) -> None:
+    path = stock_copy(tmp_path)
+    graph = path / "vision.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    pixels = next(each for each in model.graph.input if each.name == "pixel_values")
+    pixels.type.tensor_type.shape.dim[1].dim_value = 5
+    graph.write_bytes(model.SerializeToString())
+    fuse(path)
+    fixed = inspect(path)
+    assert geometry(fixed).max_crops == 4
+    for rows, columns in ((1, 1), (1, 3), (2, 2)):
+        frame = crops(rows, columns)
+        padded = np.zeros((5, 3, 336, 336), np.float32)
+        padded[: 1 + rows * columns] = frame.pixel_values
+        found = encoder(fixed).encode(frame, geometry(fixed).tokens(rows, columns))
+        expected = Reference(fixed)(padded, rows=rows, columns=columns)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_another_count_of_rows_is_never_passed_on(folder: ModelFolder) -> None:

@@ -243,12 +243,14 @@ def tensor(location: str) -> bytes:
 def test_the_files_of_a_graphs_weights_are_found_wherever_they_are_named(tmp_path: Path) -> None:
     inner = field(5, tensor("inner.bin"))
     node = field(5, field(5, tensor("constant.bin")) + field(6, inner))
+    node += field(5, field(22, field(1, tensor("sparse.bin")) + field(2, tensor("places.bin"))))
     main = field(1, node) + field(5, tensor("../up.bin")) + field(15, field(1, tensor("s.bin")))
     function = field(7, field(5, field(10, tensor("function.bin"))))
     path = tmp_path / "g.onnx"
     path.write_bytes(field(1, 8) + field(7, main) + field(25, function))
     assert graph.external_files(path) == {
-        *("inner.bin", "constant.bin", "../up.bin", "s.bin", "function.bin")
+        *("inner.bin", "constant.bin", "../up.bin", "s.bin", "function.bin"),
+        *("sparse.bin", "places.bin"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import zlib
 from collections.abc import Sequence
 from functools import cache
@@ -19,11 +20,13 @@ from edged.engine import footprint
 from edged.engine.genai import GenaiBackend
 from edged.engine.messages import JobStage, Order
 from edged.engine.vision import run as vision_run
-from edged.engine.vision.decode import Picture
+from edged.engine.vision.decode import Picture, decode
+from edged.engine.vision.plan import Conditions, plan
 from edged.engine.vision.run import Vision
 from edged.engine.vision.transform import Crops
 from edged.errors import Code, JobFailed, JobStopped
 from edged.models.folder import ModelError, inspect
+from edged.models.record import FUSED_RECORD
 from edged.ports import Answer, Completed, FramePlan, Look, PlannedFrame, Task, Turn
 from tests.kit.vision import STOCK_FP16, fused_folder
 
@@ -347,7 +350,8 @@ def test_a_cache_that_is_computed_anew_between_questions_has_its_frames(
     for _ in range(2):
         done = seeing.look(FRAMES[:2], **job)
         assert [answer.text for answer in done.answers] == texts
-        assert done.answers[1].usage.image_tokens == 2 * FRAME
+        assert [each.usage.image_tokens for each in done.answers] == [2 * FRAME, 0]
+        assert done.answers[1].usage.prompt_tokens < FRAME
 
 
 def test_a_schema_is_held_to_by_each_answer(seeing: Seeing) -> None:
@@ -424,6 +428,29 @@ def test_frames_that_do_not_fit_are_dropped_and_told(seeing: Seeing) -> None:
     assert done.answers[0].usage.image_tokens == 12 * FRAME
 
 
+def test_no_memory_is_spent_on_telling_which_frames_are_alike(
+    seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+
+    def counted(data: bytes, least: Any = None) -> Picture:
+        decoded.append(data)
+        return decode(data, least)
+
+    many = [frame(0, 1000, 64), *(frame(seed % 2, 64, 64) for seed in range(15))]
+    monkeypatch.setattr(vision_run, "decode", counted)
+    monkeypatch.setattr(vision_run, "PEAK_BYTES_A_PIXEL", 1_000_000)  # 64 GB and 4 GB
+    free = seeing.vision._limit_mb - 10_000
+    monkeypatch.setattr(footprint, "resident_mb", lambda: free)
+    seeing.forget()
+    with pytest.raises(JobFailed) as caught:
+        seeing.look(many)
+    assert caught.value.code is Code.MEMORY
+    assert many[0] not in decoded
+    assert "prepare" in seeing.desk.stages
+    assert len(decoded) >= len(many) - 1  # the small ones were compared
+
+
 def test_auto_looks_closer_where_it_is_in_time(seeing: Seeing) -> None:
     done = seeing.look(FRAMES[:1], detail="auto").frames
     assert done is not None
@@ -432,6 +459,27 @@ def test_auto_looks_closer_where_it_is_in_time(seeing: Seeing) -> None:
     in_a_hurry = seeing.look(FRAMES[:1], detail="auto", left_s=0.001).frames
     assert in_a_hurry is not None
     assert in_a_hurry.used[0].crops == 1
+
+
+def test_a_large_frame_does_not_make_the_next_small_ones_look_slow(
+    seeing: Seeing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = []
+
+    def noted(candidates: Any, conditions: Conditions, kept: Any) -> FramePlan:
+        speeds.append(conditions.speed.decode_s)
+        return plan(candidates, conditions, kept)
+
+    monkeypatch.setattr(vision_run, "plan", noted)
+    large = io.BytesIO()
+    Image.new("RGB", (4000, 5000)).save(large, "PNG")
+    took = seeing.look((large.getvalue(),), client="another").timings.decode_images_ms / 1000
+    seeing.look((large.getvalue(), *FRAMES[:3]))
+    seeing.look(FRAMES[:3])
+    # 20 megapixels; what is below one counts as one
+    assert speeds[1] == pytest.approx(took * (20 + 3) / 4 / 20)
+    assert speeds[2] is not None
+    assert speeds[2] < took / 2
 
 
 def test_a_window_goes_on_from_the_live_frames(seeing: Seeing) -> None:
@@ -651,7 +699,7 @@ def test_a_model_that_is_not_fused_answers_texts_and_says_what_to_run(
     info = backend.load(Order(model="small", path=str(stock_vision_folder)))
     assert not info.vision
     assert info.no_vision is not None
-    assert info.no_vision.endswith(f"run: edged models fuse {stock_vision_folder}")
+    assert f"run: edged models fuse {stock_vision_folder}, then start" in info.no_vision
     assert backend.frame_cache == (0.0, 0)
     texts = ["Name a colour.", "Name a colour. And a shape.", "Is it red?", "Name a colour."]
     for text in texts:
@@ -688,6 +736,15 @@ def test_no_memory_for_a_frame_leaves_texts(
     assert str(info.no_vision).startswith("no memory is left to look at frames: frame 0 (336 x")
     task = Task(job=1, client="c", messages=({"role": "user", "content": "x"},), max_tokens=3)
     assert backend.run(task, Desk()).answers
+
+
+def test_an_encoder_that_cannot_be_run_is_a_models_fault(tmp_path: Path) -> None:
+    folder = fused_folder(tmp_path)
+    record = json.loads((folder / FUSED_RECORD).read_text())
+    record["geometry"]["crop"] = 448  # the graph is made for crops of 336
+    (folder / FUSED_RECORD).write_text(json.dumps(record))
+    with pytest.raises(ModelError, match=r"its vision encoder cannot be run: .*Reshape"):
+        GenaiBackend().load(Order(model="small", path=str(folder)))
 
 
 def test_an_encoder_that_cannot_be_loaded_is_a_models_fault(
