@@ -23,7 +23,7 @@ demo: $(READY)  ## the whole thing on this machine: a broker, a small model, que
 
 test: $(READY) test-tools  ## lint, types, imports, tests
 	@begin=$$(date +%s); $(MAKE) --no-print-directory lint && echo "lint: $$(($$(date +%s) - begin)) s"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 setup: $(READY) test-tools  ## make the environment for demo and test, run nothing
 
