@@ -36,7 +36,7 @@ lint: $(READY)  ## lint, types, imports
 bench: $(READY)  ## measure with the small model
 	@$(BIN)/python -m tests.bench
 
-bench-full: $(READY)  ## measure with a real model: make bench-full MODEL=/path/to/model
+bench-full: $(READY)  ## measure with a real model, text or fused vision: make bench-full MODEL=/path/to/model
 	@test -n "$(MODEL)" || { echo "bench-full: say which model: make bench-full MODEL=/path/to/model" >&2; exit 2; }
 	@$(BIN)/python -m tests.bench --model "$(MODEL)" --full
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import signal
 import statistics
@@ -17,32 +18,51 @@ from pathlib import Path
 from edged import selftest
 from tests.bench import machine
 from tests.bench.bare import ROOT
+from tests.bench.cameras import cameras
 from tests.bench.inference import MEASURES, inference
 from tests.bench.report import Report
 from tests.bench.scale import FULL, SMALL, SMOKE, Scale
 from tests.bench.service import intake, rest
+from tests.bench.vision import MEASURES as LOOKS
+from tests.bench.vision import vision
 
 RESULTS = ROOT / "bench-results"
+#: The small model that sees.
+VISION = ROOT / "tests/models/phi3v"
 #: The measurements that need no model.
-_SERVICE: dict[str, Callable[[Path, Scale, Report], None]] = {"intake": intake, "rest": rest}
+_SERVICE: dict[str, Callable[[Path, Scale, Report], None]] = {
+    "intake": intake,
+    "rest": rest,
+    "cameras": cameras,
+}
 #: As the table's first column has them.
 _LETTERS = dict(
-    zip("abcdef", ("decode", "first-chunk", "heartbeat", "reuse", "intake", "rest"), strict=True)
+    zip(
+        "abcdefghijk",
+        ("decode", "first-chunk", "heartbeat", "reuse", "intake", "rest", *LOOKS, "cameras"),
+        strict=True,
+    )
 )
 
 
 def measure(
     model: Path, scale: Scale, *, only: Collection[str] = (), folder: Path = RESULTS
 ) -> Report:
-    """Measure in a new folder inside `folder`, which should lie on the disk that is meant."""
+    """Measure in a new folder inside `folder`, which should lie on the disk that is meant.
+
+    Without `only`, a vision model is measured with frames and another one with texts.
+    """
     report = Report(
         {"when": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": machine.facts()},
     )
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix="run-", dir=folder))
     steps: dict[str, Callable[[], None]] = {}
-    if not only or set(only) & set(MEASURES):
+    sees = json.loads((model / "genai_config.json").read_text())["model"]["type"] == "phi3v"
+    if (not only and not sees) or set(only) & set(MEASURES):
         steps["inference"] = partial(inference, place, model, scale, report, only)
+    if (not only and sees) or set(only) & set(LOOKS):
+        steps["vision"] = partial(vision, place, model, scale, report, only)
     for name, step in _SERVICE.items():
         if not only or name in only:
             steps[name] = partial(step, place, scale, report)
@@ -75,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(only) - set(_LETTERS.values())
     if unknown:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
-    model = (options.model or selftest.model_dir()).resolve()
+    small = VISION if set(only) & set(LOOKS) else selftest.model_dir()
+    model = (options.model or small).resolve()
     scale = SMOKE if options.smoke else FULL if options.full else SMALL
     signal.signal(signal.SIGTERM, _on_stop)  # so that nothing is left running
     began = time.perf_counter()

@@ -112,7 +112,8 @@ class Flood:
 # In the process ---------------------------------------------------------------------------------
 
 
-def _packet(first: int, body: bytes) -> bytes:
+def packet(first: int, body: bytes) -> bytes:
+    """Return an MQTT packet, by its first byte."""
     length, head = len(body), bytearray([first])
     while True:
         length, byte = divmod(length, 128)
@@ -121,8 +122,9 @@ def _packet(first: int, body: bytes) -> bytes:
             return bytes(head) + body
 
 
-def _text(text: str) -> bytes:
-    return struct.pack("!H", len(text)) + text.encode()
+def text(value: str) -> bytes:
+    """Return a text as MQTT writes it."""
+    return struct.pack("!H", len(value)) + value.encode()
 
 
 class _Submitter:
@@ -137,18 +139,16 @@ class _Submitter:
         self._id = f"{name}-".encode()
         blank = self._id + b"%08d" % 0
         body = json.dumps({"id": blank.decode(), "prompt": _PROMPT * 2, "max_tokens": 64}).encode()
-        topic = _text(f"{order.root}/request/text/{name}")
-        whole = _packet(0x32, topic + b"\0\1" + body)
+        topic = text(f"{order.root}/request/text/{name}")
+        whole = packet(0x32, topic + b"\0\1" + body)
         at = whole.index(topic) + len(topic)
         self._before = whole[:at]
         middle, self._after = whole[at + 2 :].split(blank)
         self._middle = middle + self._id
-        self._send(
-            _packet(0x10, _text("MQTT") + b"\x04\x02" + struct.pack("!H", 600) + _text(name))
-        )
+        self._send(packet(0x10, text("MQTT") + b"\x04\x02" + struct.pack("!H", 600) + text(name)))
         self._expect(0x20)
-        topics = _text(f"{order.root}/response/{name}/+")
-        self._send(_packet(0x82, b"\0\1" + topics + b"\1"))
+        topics = text(f"{order.root}/response/{name}/+")
+        self._send(packet(0x82, b"\0\1" + topics + b"\1"))
         self._expect(0x90)
         self.socket.setblocking(False)
 

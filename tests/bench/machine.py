@@ -8,6 +8,7 @@ import platform
 import re
 import sqlite3
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,6 +96,14 @@ def memory_mb(pid: int) -> dict[str, float]:
     return {name: int(found[key]) * 1024 / 1e6 for key, name in kinds.items() if key in found}
 
 
+def available_mb() -> float:
+    """Return the memory that programs can still have, in MB (10^6 bytes)."""
+    found = re.search(
+        r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE
+    )
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process has started."""
     try:
@@ -161,6 +170,43 @@ def _busy_s() -> float:
         fields = [int(n) for n in file.readline().split()[1:9]]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     return (user + nice + system + irq + softirq + steal) / _TICK
+
+
+class Peak:
+    """The most memory that a process has inside a `with`, from its start on if it lets it stand.
+
+    The kernel's own mark (VmHWM) is looked at many times a second, because a process may put it
+    back.
+    """
+
+    def __init__(self, pid: int, every_s: float = 0.02) -> None:
+        self._pid = pid
+        self._every_s = every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="peak")
+        self.mb = 0.0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            try:
+                self.mb = max(self.mb, memory_mb(self._pid).get("peak", 0.0))
+            except OSError:  # it has ended
+                return
+            if self._stop.wait(self._every_s):
+                return
 
 
 # Disk -------------------------------------------------------------------------------------------

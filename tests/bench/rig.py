@@ -175,6 +175,7 @@ class Asker:
         self._numbers = itertools.count(1)
         self._events: dict[str, list[Event]] = {}
         self._retained: dict[str, dict[str, Any]] = {}
+        self._cameras: dict[str, dict[str, Any]] = {}
         self.beats: list[Event] = []
         self._client = paho.Client(
             CallbackAPIVersion.VERSION2, client_id="asker", protocol=MQTTProtocolVersion.MQTTv5
@@ -206,6 +207,7 @@ class Asker:
                 (f"{TOPICS}/status", 1),
                 (f"{TOPICS}/info", 1),
                 (f"{TOPICS}/health", 0),
+                (f"{TOPICS}/camera/+/status", 0),
             ]
         )
 
@@ -219,6 +221,8 @@ class Asker:
             if kind == "response":
                 body = json.loads(message.payload)
                 self._events.setdefault(body["id"], []).append(Event(now, body))
+            elif kind == "camera":
+                self._cameras[message.topic.split("/")[-2]] = json.loads(message.payload)
             else:
                 self._retained[kind] = json.loads(message.payload)
                 if kind == "health":
@@ -234,18 +238,18 @@ class Asker:
                     raise RuntimeError(f"no {what} in {seconds:.0f} s:\n{daemon.log[-4000:]}")
                 self._news.wait(1.0)
 
-    def wait_ready(self, daemon: Daemon) -> dict[str, Any]:
-        """Wait until the daemon says that it is ready; return its `info`."""
+    def wait_ready(self, daemon: Daemon, capability: str = "text") -> dict[str, Any]:
+        """Wait until the daemon says that it is ready and can do this; return its `info`."""
 
         def ready() -> bool:
             status, info = self._retained.get("status", {}), self._retained.get("info", {})
             return (
                 status.get("state") == "ready"
                 and info.get("instance") == status.get("instance")
-                and bool(info["capabilities"]["text"])
+                and bool(info["capabilities"][capability])
             )
 
-        self._wait("state ready", ready, daemon, _READY_S)
+        self._wait(f"state ready for {capability}", ready, daemon, _READY_S)
         return self._retained["info"]
 
     def wait_beats(self, count: int, daemon: Daemon) -> None:
@@ -254,12 +258,26 @@ class Asker:
         self._wait("heartbeat", lambda: len(self.beats) >= there + count, daemon, _JOB_S)
 
     def send(self, client: str, **body: Any) -> tuple[str, float]:
-        """Publish a request; return its id and when."""
+        """Publish a request, for text or (with frames) for vision; return its id and when."""
         name = f"job-{next(self._numbers)}"
+        kind = "vision" if "frames" in body else "text"
         payload = json.dumps({"id": name, **body}).encode()
         published = time.perf_counter()
-        self._client.publish(f"{TOPICS}/request/text/{client}", payload, qos=1)
+        self._client.publish(f"{TOPICS}/request/{kind}/{client}", payload, qos=1)
         return name, published
+
+    def show(self, camera: str, frame: bytes) -> None:
+        """Publish a camera's frame, as a camera does."""
+        self._client.publish(f"{TOPICS}/camera/{camera}/frame", frame, qos=0)
+
+    def wait_frames(self, camera: str, count: int, daemon: Daemon) -> None:
+        """Wait until the heartbeat tells of a camera's frames; so many are buffered then."""
+
+        def there() -> bool:
+            status = self._cameras.get(camera, {})
+            return bool(status.get("buffered", 0) >= count)
+
+        self._wait(f"{count} frames of {camera}", there, daemon, _JOB_S)
 
     def wait_for(self, name: str, kind: str, daemon: Daemon) -> None:
         """Wait for an event of a job."""

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from edged import selftest
-from tests.bench.__main__ import measure
+from tests.bench.__main__ import VISION, measure
 from tests.bench.report import Goal, Report, Row
 from tests.bench.scale import SMOKE
+from tests.bench.vision import MEASURES as LOOKS
 
 
 @pytest.mark.broker
@@ -19,14 +20,25 @@ def test_every_measurement_is_made_and_written(tmp_path: Path) -> None:
     report = measure(selftest.model_dir(), SMOKE, folder=tmp_path)
 
     assert report.broken == {}
-    with_goals = {row.key: row for row in report.rows if row.goal}
-    assert set("abcdef") <= set(with_goals)
-    assert all(row.verdict for row in with_goals.values())
+    assert set("abcdefk") <= {row.key for row in report.rows}
+    assert all(row.verdict for row in report.rows if row.goal)
     path = tmp_path / "out.json"
     report.write(path)
     assert len(json.loads(path.read_text())["rows"]) == len(report.rows)
     assert "jobs accepted a second" in report.table()
     assert [each.name for each in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.broker
+@pytest.mark.engine
+def test_a_model_that_sees_is_measured_with_frames(tmp_path: Path) -> None:
+    report = measure(VISION, SMOKE, only=LOOKS, folder=tmp_path)
+
+    assert report.broken == {}
+    with_goals = [row for row in report.rows if row.goal]
+    assert {row.key for row in with_goals} == set("ghij")
+    assert all(row.verdict for row in with_goals)
+    assert report.details["vision"]["frames"]["count"] == 2
 
 
 def test_a_row_is_judged_by_its_median_or_its_worst_value() -> None:
