@@ -17,7 +17,7 @@ from tests.kit.observer import Observer
 #: MB (10^6 bytes) that the daemon may grow by at the default limits, whatever comes: the requests
 #: of waiting jobs (limits.journal_mb, 64), four packets of the largest size that wait for the loop
 #: (40), one more as bytes, text and objects on its way to the journal, what the allocator keeps.
-GROWTH_MB = 180.0
+GROWTH_MB = 200.0
 #: Seconds between heartbeats here, and how late one may be: a tenth of what the default is. To read
 #: a request of 8 MB holds the loop for a good part of a second.
 BEAT, LATE = 1.0, 1.0

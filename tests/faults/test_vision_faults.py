@@ -165,7 +165,7 @@ FLOOD, FRAME_BYTES, ROOM_MB = 15, 5_900_000, 40
 #: acknowledged yet (40), their frames on the way to the journal (24), one more that arrives and is
 #: copied (20), one as text and values (16), a frame on its way to the engine (6), and what the
 #: allocator keeps. The frames of waiting jobs are on disk; without it they are here as well.
-GROWTH_MB = {"durable": 140.0, "none": 140.0 + ROOM_MB}
+GROWTH_MB = {"durable": 165.0, "none": 165.0 + ROOM_MB}
 
 
 @pytest.mark.parametrize("keep", GROWTH_MB)
