@@ -258,9 +258,11 @@ def test_a_retained_request_is_not_run_at_the_next_start(box: Box, observer: Obs
     box.daemon.restart()
 
     observer.final(observer.ask("!say y"))
-    assert len(observer.events(Name(None, "kept-2"))) == 1
+    # a kill before the ack makes it come again, and be refused again
+    events = observer.events(Name(None, "kept-2"))
     observer.send("request/text", b"", retain=True)
-    observer.event(None, "refused", count=2)
+    observer.event(None, "refused", count=len(events) + 1)
+    assert {each.type for each in events} == {"refused"}
 
 
 # A 3.1.1 client of a daemon that speaks 5 ---------------------------------------------------------
