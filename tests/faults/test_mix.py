@@ -104,6 +104,8 @@ def test_a_random_mix_of_faults_breaks_no_promise(tmp_path: Path, make_broker: M
                     pass
             few = dice.randrange(1, 8)
             observer.wait(partial(mix.has_ended, few), "some jobs to end")
+        # what was asked before this one has been told of before its own `accepted` is
+        observer.final(observer.ask("!say the end", wait=False), 30 + 2 * SECONDS)
         observer.check(crashed=True, timeout_s=30 + 2 * SECONDS)
         assert daemon.stop() == 0
         assert daemon.faults() == []
