@@ -78,7 +78,7 @@ class Speed:
 
         Prefill: the prompt's length in characters at the tokens a character and seconds a token
         seen, and likewise by its number of frames, which are also decoded and encoded. Generation:
-        as many tokens as at the median, or `max_tokens` if that is less, for each answer.
+        as many tokens as at the median, or `max_tokens` for each answer if that is less.
         """
         if not self._runs:
             return None

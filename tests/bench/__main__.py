@@ -17,8 +17,8 @@ from pathlib import Path
 
 from edged import selftest
 from tests.bench import machine
-from tests.bench.bare import ROOT
 from tests.bench.cameras import cameras
+from tests.bench.child import ROOT
 from tests.bench.inference import MEASURES, inference
 from tests.bench.report import Report
 from tests.bench.scale import FULL, SMALL, SMOKE, Scale

@@ -7,17 +7,14 @@ so that no run pays for a fresh cache. The parent talks to it in lines of JSON.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.bench.child import Child
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,63 +36,27 @@ class Ran:
         return (self.total_s - self.first_s) / max(1, self.tokens - self.first_tokens)
 
 
-class Bare:
+class Bare(Child):
     """The process, as the bench sees it."""
 
     def __init__(self, model: Path, *, threads: int, max_length: int) -> None:
+        env = {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+        super().__init__("tests.bench.bare", "the bare loop", env=env)
         self._order = {"model": str(model), "threads": threads, "max_length": max_length}
-        self._process: subprocess.Popen[str] | None = None
         self.load_s = 0.0
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.bare"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"},
-        )
-        self.load_s = self._ask(self._order)["load_s"]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+    def greet(self) -> None:
+        """Let it load the model."""
+        self.load_s = self.ask(self._order)["load_s"]
 
     def encode(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a conversation by the model's own template."""
-        ids: list[int] = self._ask({"encode": list(messages)})["ids"]
+        ids: list[int] = self.ask({"encode": list(messages)})["ids"]
         return ids
 
     def run(self, ids: Sequence[int], tokens: int) -> Ran:
         """Generate so many tokens, greedily, from an empty cache."""
-        return Ran(**self._ask({"run": list(ids), "tokens": tokens}))
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(question) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the bare loop has ended with status {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return Ran(**self.ask({"run": list(ids), "tokens": tokens}))
 
 
 class _Loop:

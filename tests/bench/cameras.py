@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import socket
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from tests.bench.bare import ROOT
+from tests.bench.child import Child
 from tests.bench.flood import packet, text
 from tests.bench.frames import SIZE, encoded
 from tests.bench.machine import Meter, memory_mb
@@ -45,54 +43,23 @@ class Order:
     seconds: float
 
 
-class Filming:
+class Filming(Child):
     """The process of the cameras, as the bench sees it."""
 
     def __init__(self, order: Order) -> None:
-        self._order = order
-        self._process: subprocess.Popen[str] | None = None
+        super().__init__("tests.bench.cameras", "the cameras", json.dumps(asdict(order)))
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.cameras", json.dumps(asdict(self._order))],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        self._process.stdout.readline()  # connected, pictures made
-        return self
+    def greet(self) -> None:
+        """Wait until they are connected and their pictures made."""
+        self.hear()
 
     def begin(self) -> None:
         """Let them film."""
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        self.say({})
 
     def end(self) -> dict[str, float]:
         """Wait until they have ended; return `published` (frames), `seconds`, `bytes`."""
-        assert self._process is not None
-        assert self._process.stdout is not None
-        done: dict[str, float] = json.loads(self._process.stdout.readline())
-        return done
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+        return self.hear()
 
 
 def cameras(folder: Path, scale: Scale, report: Report) -> None:

@@ -12,14 +12,11 @@ import json
 import select
 import socket
 import struct
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
 
-from tests.bench.bare import ROOT
+from tests.bench.child import Child
 
 #: What a job asks: a prompt as long as one that a program would write.
 _PROMPT = "Say in one sentence what the sensors of the north gate report, and whether it is well. "
@@ -53,60 +50,20 @@ class Outcome:
     cpu_s: float
 
 
-class Flood:
+class Flood(Child):
     """The process, as the bench sees it."""
 
     def __init__(self, order: Order) -> None:
+        super().__init__("tests.bench.flood", "the submitters")
         self._order = order
-        self._process: subprocess.Popen[str] | None = None
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.flood"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self._say(asdict(self._order))
-        self._hear()  # all are connected and subscribed
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+    def greet(self) -> None:
+        """Wait until all are connected and subscribed."""
+        self.ask(asdict(self._order))
 
     def run(self) -> Outcome:
         """Let it loose; return when the last job that was published is accepted."""
-        self._say({})
-        return Outcome(**self._hear())
-
-    def _say(self, line: dict[str, Any]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(line) + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> dict[str, Any]:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the submitters have ended with status {self._process.wait()}")
-        heard: dict[str, Any] = json.loads(line)
-        return heard
+        return Outcome(**self.ask({}))
 
 
 # In the process ---------------------------------------------------------------------------------

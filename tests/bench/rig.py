@@ -20,7 +20,7 @@ from typing import Any, Self
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
-from tests.bench.bare import ROOT
+from tests.bench.child import ROOT
 from tests.bench.machine import children
 from tests.kit.mosquitto import Mosquitto
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from tests.bench.bare import ROOT
+from tests.bench.child import Child
 from tests.bench.machine import Meter, memory_mb
 
 #: Of a folder's configuration: the parts that are graphs.
@@ -47,46 +45,23 @@ class Looked:
     peak_mb: float
 
 
-class Stock:
+class Stock(Child):
     """The process, as the bench sees it."""
 
     def __init__(self, model: Path, *, threads: int, max_length: int) -> None:
+        env = {"ORT_DISABLE_TELEMETRY": "1"}
+        super().__init__("tests.bench.stock", "the stock pipeline", env=env)
         self._order = {"model": str(model), "threads": threads, "max_length": max_length}
-        self._process: subprocess.Popen[str] | None = None
         self.load_s = 0.0
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.bench.stock"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
-        )
-        self.load_s = self._ask(self._order)["load_s"]
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+    def greet(self) -> None:
+        """Let it load the model."""
+        self.load_s = self.ask(self._order)["load_s"]
 
     def look(self, paths: Sequence[Path], question: str, tokens: int) -> Looked:
         """Ask about these PNG files, greedily."""
         return Looked(
-            **self._ask({"look": [str(p) for p in paths], "ask": question, "tokens": tokens})
+            **self.ask({"look": [str(p) for p in paths], "ask": question, "tokens": tokens})
         )
 
     def encode(self, path: Path) -> tuple[int, float]:
@@ -94,21 +69,8 @@ class Stock:
 
         The model is let go for it: nothing can be asked afterwards.
         """
-        answer = self._ask({"encode": str(path)})
+        answer = self.ask({"encode": str(path)})
         return answer["crops"], answer["seconds"]
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(question) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the stock pipeline has ended with status {process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 # In the process ---------------------------------------------------------------------------------

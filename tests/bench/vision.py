@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from edged.models.record import FUSED_RECORD
-from tests.bench.bare import ROOT
+from tests.bench.child import ROOT
 from tests.bench.frames import encoded, written
 from tests.bench.looks import SETTLE_S, Looks, Side, as_base64, tell
 from tests.bench.machine import Peak, available_mb

@@ -19,8 +19,9 @@ newer one stays. Not even that one: `too_long`. A client's `max_tokens` is part 
 one, `ANSWER_RESERVE` tokens are left for the answer; for the sake of a last frame at one crop less.
 
 **The live session.** Its frames keep their places and crops if a plan can go on from them, so that
-only frames after them cost anything: with `auto` and a list of frames that begins like it; with a
-window that holds its frames in a row. Frames of a window that are older than that row have moved
+only frames after them cost anything: with `auto` and a list of frames that begins like it, unless
+one of them was seen in more crops than each of so many may have; with a window that holds its
+frames in a row. Frames of a window that are older than that row have moved
 out of it. (`low` keeps only what has one crop, `high` only what has at least the crops it would
 give.) New frames of a window get no more crops than the live ones have, so that frames look alike.
 
