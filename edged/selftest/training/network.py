@@ -1,0 +1,222 @@
+"""The networks that are trained: a small encoder of frames, and a decoder with Phi-3's graph.
+
+The decoder's parameters have the names of transformers' `Phi3ForCausalLM`, so that the official
+builder takes them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edged.selftest.drawings import COLOURS, SHAPES
+
+#: Pixels a side of a crop, and tokens a side.
+CROP, SIDE = 96, 3
+#: Of a frame: its one crop, the global view, a separator at each row's end and one between them.
+FRAME_TOKENS = 2 * SIDE * SIDE + 1 + 2 * SIDE
+#: Names of things that a teacher of the encoder asks for.
+NAMES = len(COLOURS) * len(SHAPES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of the decoder."""
+
+    vocabulary: int
+    hidden: int = 192
+    inner: int = 512
+    layers: int = 4
+    heads: int = 6
+
+
+# The encoder --------------------------------------------------------------------------------------
+
+
+class _Step(nn.Sequential):
+    """A convolution that may halve the sides, a norm, and a bend."""
+
+    def __init__(self, before: int, after: int, stride: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
+        )
+
+
+class _Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = _Step(channels, channels)
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(x + self.second(self.first(x)))
+
+
+class _Head(nn.Sequential):
+    """From the encoder's cells to the decoder's width, as Phi-3-vision's projection does it."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+
+
+class Encoder(nn.Module):
+    """Turns frames of one crop into the decoder's tokens.
+
+    The global view of a frame of one crop has the same pixels as the crop itself; they are looked
+    at once, and two heads say different things of them.
+    """
+
+    def __init__(self, hidden: int, channels: int = 192) -> None:
+        super().__init__()
+        self.fine = nn.Sequential(
+            _Step(3, 24, 2), _Step(24, 48, 2), _Step(48, 48), _Step(48, 80, 2), _Block(80)
+        )
+        self.coarse = nn.Sequential(_Step(80, 128, 2), _Block(128), _Step(128, channels, 2))
+        self.place = nn.Parameter(torch.zeros(1, SIDE * SIDE, channels))
+        self.local_head, self.global_head = _Head(channels, hidden), _Head(channels, hidden)
+        self.sub_gn = nn.Parameter(torch.randn(1, 1, hidden) * 0.02)
+        self.glb_gn = nn.Parameter(torch.randn(1, hidden) * 0.02)
+        # only in training: what is where
+        self.fine_teacher = nn.Conv2d(80, 1 + NAMES, 1)
+        self.coarse_teacher = nn.Linear(channels, NAMES + 2)
+
+    def cells(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a frame's fine map [frames, 80, 12, 12] and its cells [frames, 9, channels]."""
+        fine = self.fine(pixels)
+        return fine, self.coarse(fine).flatten(2).transpose(1, 2) + self.place
+
+    def tokens(self, cells: Tensor) -> Tensor:
+        """Return the tokens [frames, FRAME_TOKENS, hidden], rows ended by separators."""
+        count = len(cells)
+        views = []
+        for head in (self.local_head, self.global_head):
+            grid = head(cells).view(count, SIDE, SIDE, -1)
+            ends = self.sub_gn.expand(count, SIDE, -1).unsqueeze(2)
+            views.append(torch.cat([grid, ends], 2).flatten(1, 2))
+        between = self.glb_gn.expand(count, 1, -1)
+        return torch.cat([views[0], between, views[1]], 1)
+
+
+# The decoder --------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A matrix that may be rounded as the builder will round it, in the forward pass only."""
+
+    rounding = False
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if Linear.rounding:
+            weight = weight + (rounded(weight) - weight).detach()
+        return functional.linear(x, weight)
+
+
+def rounded(weight: Tensor, block: int = 32) -> Tensor:
+    """Return weights in INT4, each block of a row with one scale.
+
+    As onnxruntime's symmetric MatMulNBits quantizer (onnxruntime/core/mlas, q4_dq): the value that
+    is farthest from 0 becomes -8.
+    """
+    blocks = weight.detach().view(len(weight), -1, block)
+    most = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = most / -8
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((blocks / scale).round().clamp(-8, 7) * scale).view_as(weight)
+
+
+class _Attention(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.qkv_proj = Linear(shape.hidden, 3 * shape.hidden)
+        self.o_proj = Linear(shape.hidden, shape.hidden)
+
+    def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, hidden = x.shape
+        q, k, v = (
+            each.view(batch, length, self.heads, -1).transpose(1, 2)
+            for each in self.qkv_proj(x).chunk(3, -1)
+        )
+        out = functional.scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v, mask)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, length, hidden))
+
+
+def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    cos, sin = turn
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class _Mlp(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(shape.hidden, 2 * shape.inner)
+        self.down_proj = Linear(shape.inner, shape.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(functional.silu(gate) * up)
+
+
+class _Layer(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.self_attn = _Attention(shape)
+        self.mlp = _Mlp(shape)
+        self.input_layernorm = nn.RMSNorm(shape.hidden, eps=1e-5)
+        self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=1e-5)
+
+    def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), mask, turn)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Model(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocabulary, shape.hidden)
+        self.layers = nn.ModuleList(_Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.hidden, eps=1e-5)
+
+
+class Decoder(nn.Module):
+    """Phi-3's text graph."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.model = _Model(shape)
+        self.lm_head = Linear(shape.hidden, shape.vocabulary)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = 0.02 if "embed" in name else (0.5 if ends else 1.0) / parameter.shape[1] ** 0.5
+                nn.init.normal_(parameter, std=std)
+
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Return the last layer's states, normed.
+
+        Args:
+            embeds: [batch, length, hidden].
+            mask: [batch, 1, length, length], true where one may look.
+            positions: [batch, length].
+        """
+        half = self.shape.hidden // self.shape.heads // 2
+        frequencies = 10000 ** (-torch.arange(half, dtype=torch.float32) / half)
+        angles = positions[:, None, :, None] * torch.cat([frequencies, frequencies])
+        turn = angles.cos(), angles.sin()
+        x = embeds
+        for layer in self.model.layers:
+            x = layer(x, mask, turn)
+        return self.model.norm(x)

@@ -1,0 +1,248 @@
+"""Answers that are JSON objects, as a schema may ask for them.
+
+A schema names its fields and spells its values as it likes: here each fact has several names and
+spellings, and any choice of facts may be asked for in any order. Under a schema the first token of
+an answer is not the model's choice, so it does not learn it there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+#: Facts by their names, the one that was asked for first.
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A question and its one right answer."""
+
+    #: What is asked for; a JSON answer's begins with `json`.
+    kind: str
+    question: str
+    answer: str
+    #: The JSON schema of the request; None: there is none.
+    schema: dict[str, Any] | None = field(default=None, repr=False)
+
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "answer": ("answer", "answer", "result", "response"),
+    "colour": ("colour", "color"),
+    "shape": ("shape", "shape", "shape", "kind", "type"),
+    "name": ("object", "name", "thing", "what"),
+    "place": ("place", "position", "location", "where"),
+    "count": ("count", "number", "total", "objects"),
+    "event": ("event", "event", "change", "happening", "what_happened", "action"),
+    "direction": ("direction", "direction", "way"),
+    "frame": ("frame", "frame", "in_frame", "since_frame"),
+    "changed": ("changed", "change", "different", "something_changed"),
+    "moved": ("moved", "moving", "motion", "moves"),
+    "appeared": ("appeared", "new_object", "something_appeared", "appears"),
+    "vanished": ("vanished", "gone", "disappeared", "vanishes"),
+    # of reports
+    "device": ("device", "device", "sensor", "name", "machine", "source"),
+    "reading": ("value", "value", "reading", "measured"),
+    "limit": ("limit", "limit", "max", "threshold"),
+    "floor": ("limit", "min", "minimum", "threshold"),
+    "unit": ("unit", "units"),
+    "ok": ("ok", "ok", "within_limit", "fine", "good", "normal", "healthy"),
+    "alarm": ("alarm", "alert", "problem", "out_of_range", "warning"),
+    "verdict": ("verdict", "status", "state", "level"),
+}
+_EVENTS: Sequence[Mapping[str, str]] = (
+    {"still": "none", "move": "moved", "appear": "appeared", "vanish": "vanished", "jumble": "shuffled"},
+    {"still": "nothing", "move": "move", "appear": "appear", "vanish": "vanish", "jumble": "shuffle"},
+    {"still": "none", "move": "movement", "appear": "appearance", "vanish": "disappearance",
+     "jumble": "disorder"},
+    {"still": "no change", "move": "moves", "appear": "appears", "vanish": "disappears",
+     "jumble": "out of order"},
+    {"still": "still", "move": "moving", "appear": "new", "vanish": "disappeared", "jumble": "mixed"},
+)  # fmt: skip
+_VERDICTS: Sequence[Mapping[str, str]] = (
+    {"ok": "ok", "high": "high", "low": "low"},
+    {"ok": "normal", "high": "too high", "low": "too low"},
+    {"ok": "fine", "high": "alarm", "low": "alarm"},
+    {"ok": "ok", "high": "alarm", "low": "alarm"},
+)
+_PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
+           "bottom right")  # fmt: skip
+_DIRECTIONS = ("left", "right", "up", "down", "none")
+#: Facts that an answer may be without more words, as the question says which one it is.
+_ANSWERS = {"answer", "colour", "shape", "place", "count", "direction", "frame", "event", "verdict"}
+_SENTENCES = ("summary", "description", "sentence", "reason", "text")
+
+
+class Form:
+    """One schema's names and spellings.
+
+    Args:
+        random: what chance is drawn from.
+        free: without a schema, which leaves the spellings to the model.
+    """
+
+    def __init__(self, random: Random, *, free: bool) -> None:
+        self._random = random
+        self._free = free
+        self._events, self._verdicts = _EVENTS[0], _VERDICTS[0]
+        self._joint, self._centre, self._words, self._null = " ", "centre", False, False
+        if free:
+            return
+        self._events = random.choice(_EVENTS)
+        self._verdicts = random.choice(_VERDICTS)
+        self._joint = random.choice((" ", " ", " ", "-", "_"))
+        self._centre = random.choice(("centre", "center", "center", "middle"))
+        self._words = random.random() < 0.4  # yes and no instead of true and false
+        self._null = random.random() < 0.3
+
+    def value(self, name: str, fact: Any) -> tuple[Any, dict[str, Any]]:
+        """Return a fact as this form spells it, and the schema of its field."""
+        if isinstance(fact, bool):
+            if self._words:
+                return "yes" if fact else "no", {"enum": ["yes", "no"]}
+            return fact, {"type": "boolean"}
+        if isinstance(fact, int | float):
+            return fact, {"type": "integer" if isinstance(fact, int) else "number"}
+        if name in ("direction", "shape", "colour", "name") and fact == "none" and self._null:
+            return None, {"type": ["string", "null"]}
+        if name == "event":
+            return self._events[fact], {"enum": [*self._events.values()]}
+        if name == "verdict":
+            return self._verdicts[fact], {"enum": sorted(set(self._verdicts.values()))}
+        if name == "place":
+            return self._place(fact), {"enum": [self._place(each) for each in _PLACES]}
+        if name == "direction":
+            other = [None] if self._null else []
+            return fact, {"enum": [*(_DIRECTIONS[:-1] if self._null else _DIRECTIONS), *other]}
+        return fact, {"type": "string"}
+
+    def _place(self, words: str) -> str:
+        return words.replace(" ", self._joint).replace("centre", self._centre)
+
+    def fill(self, facts: Facts) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return an object of these facts, and its schema."""
+        made, schema = {}, {}
+        for name, fact in facts.items():
+            names = _NAMES.get(name, (name,))
+            key = self._random.choice(names[:2] if self._free else names)
+            if key in made:
+                key = name
+            if key in made:
+                continue
+            made[key], schema[key] = self.value(name, fact)
+        return made, _closed(schema)
+
+
+def _closed(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": [*fields],
+        "additionalProperties": False,
+    }
+
+
+def _chosen(random: Random, facts: Facts, least: int) -> Facts:
+    """Return some of the facts, in any order."""
+    names = random.sample([*facts], random.randint(min(least, len(facts)), min(5, len(facts))))
+    return {name: facts[name] for name in names}
+
+
+_AS_JSON = (
+    "Answer as JSON with the {keys}.", "As JSON, please, with the {keys}.", "Use JSON: {names}.",
+    "Give a JSON object with {names}.", "Return JSON with the {keys}.", "JSON with {names}, please.",
+)  # fmt: skip
+_WISHES = (
+    "Describe the picture.", "Describe what you see.", "What do you see?", "Fill in the form.",
+    "Report what you see.", "Answer in JSON.", "Describe it as JSON.", "What is in the picture?",
+    "Give the facts.", "Report.", "What is there?",
+)  # fmt: skip
+_SEVERAL_WISHES = (
+    "Describe what happens.", "What happens?", "What changed?", "Fill in the form.", "Report the change.",
+    "Answer in JSON.", "Describe it as JSON.", "What is different?", "Report.", "Give the facts.",
+    "What do you see?",
+)  # fmt: skip
+
+
+def is_free(random: Random) -> bool:
+    """Tell by chance whether the next object is to be without a schema."""
+    return random.random() < 0.25
+
+
+def answered(
+    random: Random,
+    kind: str,
+    question: str,
+    made: dict[str, Any],
+    schema: dict[str, Any],
+    *,
+    free: bool,
+) -> Answered:
+    """Return the question with a JSON answer: by a schema, or because it asks for its fields."""
+    answer = json.dumps(made, ensure_ascii=False, separators=(",", ":"))
+    if not free:
+        return Answered(kind=f"json_{kind}", question=question, answer=answer, schema=schema)
+    keys = [*made]
+    names = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])} and {keys[-1]}"
+    wish = random.choice(_AS_JSON).format(
+        names=names, keys=f"{'keys' if len(keys) > 1 else 'key'} {names}"
+    )
+    asked = f"{question} {wish}" if question[-1:] in "?." else f"{question}. {wish}"
+    return Answered(kind=f"json_{kind}", question=asked, answer=answer)
+
+
+def about(random: Random, kind: str, question: str, answer: str, facts: Facts) -> Answered:
+    """Return a question about one fact with an object for its answer."""
+    first = next(iter(facts))
+    if random.random() < 0.55:
+        chosen: Facts = {first: facts[first]}
+    else:
+        chosen = _chosen(random, facts, 1)
+    free = is_free(random)
+    made, schema = Form(random, free=free).fill(chosen)
+    if len(made) == 1 and {*chosen} <= _ANSWERS and random.random() < 0.45:
+        (value,), (wanted,) = made.values(), schema["properties"].values()
+        key = random.choice(_NAMES["answer"])
+        made, schema = {key: value}, _closed({key: wanted})
+    if random.random() < 0.08:
+        key = random.choice(_SENTENCES)
+        made = {**made, key: answer}
+        schema = _closed({**schema["properties"], key: {"type": "string"}})
+    return answered(random, kind, question, made, schema, free=free)
+
+
+def whole(random: Random, facts: Facts, *, several: bool) -> Answered:
+    """Return a wish for an object about all there is."""
+    free = is_free(random)
+    made, schema = Form(random, free=free).fill(_chosen(random, facts, 2))
+    wish = random.choice(_SEVERAL_WISHES if several else _WISHES)
+    return answered(random, "whole", wish, made, schema, free=free)
+
+
+def several(random: Random, facts: Sequence[Facts]) -> Answered:
+    """Return a wish for a list of all things."""
+    free = is_free(random)
+    form = Form(random, free=free)
+    names = random.sample(["shape", "colour", "place"], random.randint(2, 3))
+    key = random.choice(("objects", "objects", "things", "items", "shapes"))
+    made: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
+    if random.random() < 0.4:
+        count = random.choice(("count", "number", "total"))
+        made[count], fields[count] = len(facts), {"type": "integer"}
+    if random.random() < 0.3:
+        made[key] = [each["name"] for each in facts]
+        fields[key] = {"type": "array", "items": {"type": "string"}}
+    else:
+        state = random.getstate()
+        made[key] = []
+        inner: dict[str, Any] = form.fill({n: facts[0][n] for n in names})[1] if facts else {}
+        for each in facts:
+            random.setstate(state)  # all have the same keys
+            value, inner = form.fill({name: each[name] for name in names})
+            made[key].append(value)
+        fields[key] = {"type": "array", "items": inner}
+    return answered(random, "list", random.choice(_WISHES), made, _closed(fields), free=free)

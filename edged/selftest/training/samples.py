@@ -1,0 +1,269 @@
+"""Training samples: many questions about the same frames, packed into one row of tokens.
+
+The questions of a scene share its frames but do not see each other: each goes on from the frames as
+if it were the only one, at the positions that it would have then. Prompts are made by edged's own
+code, so that what is learned is what will be asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
+from torch.utils.data import IterableDataset
+
+from edged.engine.prompts import STYLES, Prompts
+from edged.engine.tokens import read_vocabulary
+from edged.engine.vision.decode import Picture
+from edged.engine.vision.transform import transform
+from edged.models.fuse import OPERATOR_DOES
+from edged.models.geometry import Geometry
+from edged.ports import Turn
+from edged.selftest.drawings import COLOURS, SHAPES
+from edged.selftest.training import reports
+from edged.selftest.training.network import CROP, FRAME_TOKENS, NAMES, SIDE
+from edged.selftest.training.objects import Answered
+from edged.selftest.training.questions import Asker
+from edged.selftest.training.scenes import Scene, scene
+
+GEOMETRY = Geometry(
+    crop=CROP,
+    tokens_a_side=SIDE,
+    max_crops=1,
+    mean=tuple(OPERATOR_DOES["mean"]),
+    std=tuple(OPERATOR_DOES["std"]),
+)
+#: Stands for a frame's tokens in a row of ids.
+FRAME = -1
+#: Cells a side of the map that the encoder's finer teacher looks at.
+FINE = 12
+_COUNTS, _COUNT_WEIGHTS = (2, 3, 4, 5, 6, 8), (15, 20, 40, 10, 8, 7)
+
+
+def names_index(colour: str, shape: str) -> int:
+    """Return the number by which the teachers know a colour and a shape."""
+    return [*COLOURS].index(colour) * len(SHAPES) + SHAPES.index(shape)  # type: ignore[arg-type]
+
+
+class Writer:
+    """Writes prompts and answers as token ids.
+
+    Args:
+        folder: where the tokenizer's files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        vocabulary = read_vocabulary(folder / "tokenizer.json")
+        self._prompts = Prompts(self._encode, vocabulary, STYLES["phi3.5-vision"])
+        self.end = vocabulary.controls["<|end|>"]
+        self.known: dict[Any, list[int]] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def prompt(self, question: str, frames: int, system: str | None) -> list[int]:
+        """Return a conversation's ids, `FRAME` for each token of a frame."""
+        turns: list[Turn] = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": [*range(frames), question]})
+        outline = self._prompts.outline(turns, None)
+        return outline.fill(dict.fromkeys(range(frames), FRAME_TOKENS), FRAME)[0]
+
+    def answer(self, answered: Answered) -> list[int]:
+        """Return an answer's ids, its end token included.
+
+        A schema lets no white space stand before an answer; the tokenizer puts some there.
+        """
+        if answered.schema is None:
+            return [*self._encode(f"<|assistant|>\n{answered.answer}")[1:], self.end]
+        return [*self._encode(f"\n{answered.answer}")[2:], self.end]
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One row of tokens."""
+
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    #: 0: seen by all; else a question's number.
+    parts: list[int] = field(default_factory=list)
+    #: How much the token counts; 0 where it was given.
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, ids: Sequence[int], part: int, begin: int, weights: Sequence[float]) -> None:
+        """Put tokens at its end."""
+        self.ids += ids
+        self.positions += range(begin, begin + len(ids))
+        self.parts += [part] * len(ids)
+        self.weights += weights
+
+
+def row(
+    writer: Writer, asked: Sequence[Answered], frames: int, system: str | None = None
+) -> Row:
+    """Return the row of questions about the same frames, or about none."""
+    made, prompts = Row(), [writer.prompt(each.question, frames, system) for each in asked]
+    shared = 0
+    if frames:
+        last = max(n for n, i in enumerate(prompts[0]) if i == FRAME) + 1
+        shared = last
+        made.add(prompts[0][:shared], 0, 0, [0.0] * shared)
+    for n, (each, prompt) in enumerate(zip(asked, prompts, strict=True), 1):
+        answer = writer.answer(each)
+        weights = [1.0] * len(answer)
+        if each.schema is not None:
+            weights[0] = 0.0
+        rest = prompt[shared:]
+        made.add([*rest, *answer], n, shared, [*([0.0] * len(rest)), *weights])
+    return made
+
+
+def pixels(picture: Image.Image) -> NDArray[np.float32]:
+    """Return a picture as the encoder takes it, [3, CROP, CROP]."""
+    seen = Picture(image=picture, width=picture.width, height=picture.height)
+    made: NDArray[np.float32] = transform(seen, 1, GEOMETRY).pixel_values[1]
+    return made
+
+
+def lessons(scene: Scene, frame: int, size: tuple[int, int]) -> tuple[Any, Any, Any]:
+    """Return what the encoder's teachers want of a frame.
+
+    Returns:
+        Names [FINE, FINE] (0: none) at the middles of things; names [9, NAMES], 1 where there is
+        one; where in its cell a lone thing is [9, 3]: right, down, and 1 if that counts.
+    """
+    fine = np.zeros((FINE, FINE), np.int64)
+    names = np.zeros((SIDE * SIDE, NAMES), np.float32)
+    where = np.zeros((SIDE * SIDE, 3), np.float32)
+    longer = max(size)
+    for thing in scene.things:
+        at = thing.path[frame]
+        if at is None:
+            continue
+        x, y = (0.5 + (share - 0.5) * side / longer for share, side in zip(at, size, strict=True))
+        name = names_index(thing.colour, thing.shape)
+        fine[min(int(y * FINE), FINE - 1), min(int(x * FINE), FINE - 1)] = 1 + name
+        row, column = min(int(y * SIDE), SIDE - 1), min(int(x * SIDE), SIDE - 1)
+        cell = row * SIDE + column
+        alone = names[cell].sum() == 0
+        names[cell, name] = 1
+        where[cell] = (x * SIDE - column - 0.5, y * SIDE - row - 0.5, float(alone))
+    return fine, names, where
+
+
+@dataclass(eq=False, slots=True)
+class Batch:
+    """Rows, padded to the same length, and all their frames in order."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    parts: torch.Tensor
+    weights: torch.Tensor
+    pixels: torch.Tensor | None
+    fine: torch.Tensor | None
+    names: torch.Tensor | None
+    where: torch.Tensor | None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """[rows, 1, length, length]: what may look at what."""
+        length = self.ids.shape[1]
+        before = torch.ones(length, length, dtype=torch.bool).tril()
+        query, key = self.parts[:, :, None], self.parts[:, None, :]
+        return ((before & ((key == 0) | (key == query))) | torch.eye(length, dtype=torch.bool))[:, None]
+
+
+class Samples(IterableDataset[Batch]):
+    """Batches without end, from a seed.
+
+    Args:
+        folder: where the tokenizer's files are.
+        seed: the same seed gives the same batches.
+        frames_only: scenes of one frame and no questions, for the encoder alone.
+    """
+
+    def __init__(self, folder: Path, seed: int, *, frames_only: bool = False) -> None:
+        self._folder, self._seed, self._frames_only = folder, seed, frames_only
+
+    def __iter__(self) -> Iterator[Batch]:
+        writer, random = Writer(self._folder), Random(self._seed)
+        while True:
+            if self._frames_only:
+                yield _look(random, 96)
+            else:
+                yield batch(writer, random)
+
+
+def _look(random: Random, count: int) -> Batch:
+    scenes = [scene(random, 1) for _ in range(count)]
+    nothing = torch.zeros(0)
+    return _with_frames([(nothing, nothing, nothing, nothing)], scenes, random)
+
+
+def batch(writer: Writer, random: Random) -> Batch:
+    """Return the next batch: reports, single frames, or several."""
+    kind = random.random()
+    if kind < 0.2:
+        rows = []
+        for _ in range(10):
+            system = random.choice(reports.SYSTEMS) if random.random() < 0.2 else None
+            asked = [
+                reports.refused(random, frames=False) if random.random() < 0.12 else reports.ask(random)
+                for _ in range(6)
+            ]
+            rows.append(row(writer, asked, 0, system))
+        return _with_frames(_padded(rows), [], random)
+    frames = 1 if kind < 0.45 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    rows, scenes = [], []
+    for _ in range(20 if frames == 1 else max(8, 64 // frames)):
+        scenes.append(scene(random, frames))
+        asker = Asker(scenes[-1], random)
+        asked = [
+            reports.refused(random, frames=True) if random.random() < 0.05 else asker.ask()
+            for _ in range(9 if frames == 1 else 8)
+        ]
+        system = random.choice(reports.SYSTEMS) if random.random() < 0.2 else None
+        rows.append(row(writer, asked, frames, system))
+    return _with_frames(_padded(rows), scenes, random)
+
+
+def _padded(rows: Sequence[Row]) -> list[tuple[torch.Tensor, ...]]:
+    length = max(len(each.ids) for each in rows)
+
+    def filled(values: Sequence[Any], fill: Any) -> list[Any]:
+        return [*values, *[fill] * (length - len(values))]
+
+    return [
+        (
+            torch.tensor(filled(each.ids, 0)),
+            torch.tensor(filled(each.positions, 0)),
+            torch.tensor(filled(each.parts, 10_000)),
+            torch.tensor(filled(each.weights, 0.0)),
+        )
+        for each in rows
+    ]
+
+
+def _with_frames(
+    rows: Sequence[tuple[torch.Tensor, ...]], scenes: Sequence[Scene], random: Random
+) -> Batch:
+    columns = [torch.stack(column) for column in zip(*rows, strict=True)]
+    if not scenes:
+        return Batch(*columns, None, None, None, None)  # type: ignore[arg-type]
+    seen, taught = [], []
+    for each in scenes:
+        for n in range(each.frames):
+            picture = each.picture(n, random)
+            seen.append(torch.from_numpy(pixels(picture)))
+            taught.append(lessons(each, n, picture.size))
+    fine, names, where = (torch.from_numpy(np.stack(each)) for each in zip(*taught, strict=True))
+    return Batch(*columns, torch.stack(seen), fine, names, where)  # type: ignore[arg-type]
