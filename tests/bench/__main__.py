@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 
-from edged import selftest
 from tests.bench import machine
 from tests.bench.cameras import cameras
 from tests.bench.child import ROOT
@@ -25,6 +24,7 @@ from tests.bench.scale import FULL, SMALL, SMOKE, Scale
 from tests.bench.service import intake, rest
 from tests.bench.vision import MEASURES as LOOKS
 from tests.bench.vision import vision
+from tests.kit.daemon import MODEL
 
 RESULTS = ROOT / "bench-results"
 #: The small model that sees.
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(only) - set(_LETTERS.values())
     if unknown:
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
-    small = VISION if set(only) & set(LOOKS) else selftest.model_dir()
+    small = VISION if set(only) & set(LOOKS) else MODEL
     model = (options.model or small).resolve()
     scale = SMOKE if options.smoke else FULL if options.full else SMALL
     signal.signal(signal.SIGTERM, _on_stop)  # so that nothing is left running

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edged import selftest
 from tests.bench.flood import Flood, Order, Outcome
 from tests.bench.machine import Meter, commits, cpu_s, fdatasyncs, memory_mb, threads_cpu_s
 from tests.bench.report import Goal, Report, Row
 from tests.bench.rig import TOPICS, Asker, Daemon, broker
 from tests.bench.scale import Scale
+from tests.kit.daemon import MODEL
 
 SUBMITTERS = 64
 #: Jobs of one submitter under way at once: it publishes the next when one is accepted.
@@ -121,7 +121,7 @@ def rest(folder: Path, scale: Scale, report: Report) -> None:
     place = folder / "rest"
     with (
         broker(place / "broker") as mosquitto,
-        Daemon(place, mosquitto.port, model={"path": str(selftest.model_dir())}) as daemon,
+        Daemon(place, mosquitto.port, model={"path": str(MODEL)}) as daemon,
     ):
         with Asker(mosquitto.port) as asker:
             asker.wait_ready(daemon)

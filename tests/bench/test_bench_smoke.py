@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from edged import selftest
 from tests.bench.__main__ import VISION, measure
 from tests.bench.report import Goal, Report, Row
 from tests.bench.scale import SMOKE
 from tests.bench.vision import MEASURES as LOOKS
+from tests.kit.daemon import MODEL
 
 
 @pytest.mark.broker
 @pytest.mark.engine
 def test_every_measurement_is_made_and_written(tmp_path: Path) -> None:
-    report = measure(selftest.model_dir(), SMOKE, folder=tmp_path)
+    report = measure(MODEL, SMOKE, folder=tmp_path)
 
     assert report.broken == {}
     assert set("abcdefk") <= {row.key for row in report.rows}

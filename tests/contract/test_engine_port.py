@@ -24,11 +24,11 @@ from edged.ports import (
     Turn,
     Update,
 )
-from tests.integration.engine_kit import SELFTEST, eventually, frames, order, reach, seeing
+from tests.integration.engine_kit import PHI3, eventually, frames, order, reach, seeing
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "faulty": lambda _: EngineHost(order(), command=faulty_command()),
-    "small": lambda _: EngineHost(order(SELFTEST)),
+    "small": lambda _: EngineHost(order(PHI3)),
     "phi3v": lambda fused: EngineHost(order(fused)),
 }
 
@@ -49,7 +49,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
 )
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
-    path = SELFTEST
+    path = PHI3
     if request.param != "faulty":
         pytest.importorskip("onnxruntime_genai")
     if request.param == "phi3v":

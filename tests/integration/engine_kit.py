@@ -10,17 +10,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import edged
 from edged.engine.host import EngineHost
 from edged.engine.messages import Order
 from edged.ports import Completed, Delta, Look, Progress, Task, Turn, Update
 
-SELFTEST = Path(edged.__file__).parent / "selftest" / "model"
+PHI3 = Path(__file__).resolve().parents[1] / "models" / "phi3"
 _OF_LOOK = ("detail", "window_min", "left_s", "plan")
 PHI4 = Path(__file__).resolve().parents[1] / "models" / "phi4-mini"
 
 
-def order(path: Path = SELFTEST, **changes: Any) -> Order:
+def order(path: Path = PHI3, **changes: Any) -> Order:
     """An order for a small model."""
     return Order(model="small", path=str(path), **changes)
 

@@ -19,8 +19,8 @@ from edged.engine.restarts import Backoff
 from edged.errors import Code, EngineDied, JobFailed, JobStopped
 from edged.ports import Completed, Delta, EngineState, Progress, Sampling, Update
 from tests.integration.engine_kit import (
+    PHI3,
     PHI4,
-    SELFTEST,
     completed,
     eventually,
     order,
@@ -39,7 +39,7 @@ QUICK = Backoff(first_s=0.01, longest_s=0.02)
 
 # one for all tests of this module: a test that needs a fresh one makes it
 @pytest_asyncio.fixture(
-    scope="module", loop_scope="module", params=[SELFTEST, PHI4], ids=["phi3", "phi4-mini"]
+    scope="module", loop_scope="module", params=[PHI3, PHI4], ids=["phi3", "phi4-mini"]
 )
 async def engine(request: pytest.FixtureRequest) -> AsyncIterator[EngineHost]:
     pytest.importorskip("onnxruntime_genai")
@@ -212,7 +212,7 @@ async def test_a_killed_engine_comes_back_and_answers_the_same(
 
 
 def copy(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(SELFTEST, tmp_path / "model"))
+    return Path(shutil.copytree(PHI3, tmp_path / "model"))
 
 
 def _edit(folder: Path, name: str, edit: Callable[[dict[str, Any]], None]) -> None:

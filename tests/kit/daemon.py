@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "edged" / "selftest" / "model"
+MODEL = ROOT / "tests" / "models" / "phi3"
 
 #: Seconds a wait lasts before it fails the test; a busy machine is slow, not wrong.
 PATIENCE_S = 30.0
@@ -44,7 +44,7 @@ class Daemon:
     Args:
         directory: for the settings file, the state directory and the log.
         port: the broker's (or a proxy's).
-        engine: "faulty" runs `edged.engine.faulty`, "real" the small model that ships with edged.
+        engine: "faulty" runs `edged.engine.faulty`, "real" a small text model with random weights.
         settings: over the defaults here, `{"limits": {"queue": 3}}`.
         options: of `run_daemon` (see there), for every start.
         env: more environment variables, e.g. NOTIFY_SOCKET.

@@ -11,7 +11,7 @@ small models: 1211 of the 32064 ids have a text, and no other is ever the likeli
     python3 -m venv /tmp/models
     /tmp/models/bin/pip install torch==2.13.0 transformers==5.23.0 \
         onnx==1.23.2 onnx-ir==1.1.0 onnxruntime-genai==0.18.0
-    /tmp/models/bin/python tests/models/full.py OUT
+    PYTHONPATH=. /tmp/models/bin/python tests/models/full.py OUT
 
 It takes 6 minutes on two cores, and while it works 24 GB of memory (mapped files among them; at
 least 17 GB must be free) and 11 GB of disk; 4.0 GB stay. Then `edged models fuse OUT`, which takes
@@ -391,7 +391,7 @@ def main() -> None:
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:4.0f} s  {what}", flush=True)
 
-    vocabulary = make.phi3_vocabulary(1200)
+    vocabulary = make.phi3_vocabulary(make.corpus(), 1200)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as name:
         scratch = Path(name)
         hf = scratch / "hf"

@@ -1,10 +1,10 @@
 """Makes the small models of the tests: real INT4 Phi-3 graphs with random weights.
 
-`edged/selftest/model` has a tokenizer of Phi-3's kind (SentencePiece-style BPE with byte fallback,
+`tests/models/phi3` has a tokenizer of Phi-3's kind (SentencePiece-style BPE with byte fallback,
 control tokens that swallow white space after them), `tests/models/phi4-mini` one of Phi-4-mini's
 kind (byte-level BPE) and Phi-4-mini's graph (grouped queries, partial rotary, LongRoPE). Each
 folder is made as the official builder makes a real model's folder, and then gets the tokenizer
-files as they were published for the real model. Corpus, vocabulary, seeds and weights are all in this file.
+files as they were published for the real model.
 
 `tests/models/phi3v` and `tests/models/phi3v-fp16` are vision models as they are published for
 Phi-3-vision and Phi-3.5-vision: three graphs (embedding, vision, text), the weights outside them,
@@ -15,7 +15,7 @@ It runs in an environment of its own; edged and its tests need neither torch nor
     python3 -m venv /tmp/models
     /tmp/models/bin/pip install torch==2.13.0 transformers==5.23.0 \
         onnx==1.23.2 onnx-ir==1.1.0 onnxruntime-genai==0.18.0
-    /tmp/models/bin/python tests/models/make.py [--keep DIR] [--check] [--only FOLDER]
+    PYTHONPATH=. /tmp/models/bin/python tests/models/make.py [--keep DIR] [--check] [--only FOLDER]
 
 `--keep DIR` leaves the Hugging Face folders in DIR; `--check` makes the models somewhere else and
 says whether the files in the tree are the same, byte for byte.
@@ -28,7 +28,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -37,9 +36,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from edged.selftest.training.vocabulary import (
+    PHI3_HEAD,
+    Control,
+    Vocabulary,
+    learn,
+    phi3_vocabulary,
+)
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -47,7 +53,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_FOLDER = 2_000_000
-RARE = 40  # characters seen less often have no piece of their own: they become bytes
 SEED = 20_240_423
 
 # --- corpus ---------------------------------------------------------------------------------------
@@ -121,43 +126,6 @@ def corpus() -> Iterator[str]:
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Control:
-    """One added token, with the flag of the published tokenizers that matters to a prompt."""
-
-    text: str
-    rstrip: bool = True  # white space after it is swallowed with it
-    special: bool = True
-
-    def entry(self) -> dict[str, Any]:
-        """Return it as the Hugging Face files write it."""
-        flags = {"lstrip": False, "normalized": False, "rstrip": self.rstrip, "single_word": False}
-        return {"content": self.text, **flags, "special": self.special}
-
-
-PHI3_HEAD = (
-    Control("<unk>", rstrip=False),
-    Control("<s>", rstrip=False),
-    Control("</s>", special=False),
-)
-PHI3_CONTROLS = (
-    Control("<|endoftext|>", rstrip=False),
-    Control("<|assistant|>"),
-    *(Control(f"<|placeholder{i}|>") for i in range(1, 5)),
-    Control("<|system|>"),
-    Control("<|end|>"),
-    *(Control(f"<|placeholder{i}|>") for i in range(5, 7)),
-    Control("<|user|>"),
-)
-PHI3_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}"
-    "{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-
 PHI4_CONTROLS = (
     Control("<|endoftext|>", rstrip=False),
     Control("<|endofprompt|>", rstrip=False),
@@ -192,130 +160,6 @@ PHI4_WORDS = "|".join(
         r"\s+",
     ]
 )
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokenizer's files, and what the model's configuration needs to know of them."""
-
-    files: dict[str, Any]  # name -> JSON object, or text
-    size: int
-    ids: dict[str, int]
-    controls: int  # the first control token behind the pieces
-    bytes: dict[str, int]  # pieces that are one raw byte, not a character
-
-
-def learn(
-    words: Counter[tuple[str, ...]], pieces: list[str], size: int
-) -> tuple[dict[str, int], list[str]]:
-    """Learn byte-pair merges until there are `size` pieces; return the vocabulary and the merges.
-
-    The usual algorithm, ties broken by the alphabet: the tokenizers library breaks them at random.
-    """
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    merges = []
-    while len(vocabulary) < size:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            sys.exit(f"the corpus gives only {len(vocabulary)} pieces, {size} were asked for")
-        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        vocabulary.setdefault(left + right, len(vocabulary))
-        merges.append(f"{left} {right}")
-        merged: Counter[tuple[str, ...]] = Counter()
-        for word, count in words.items():
-            new: list[str] = []
-            for piece in word:
-                if new and new[-1] == left and piece == right:
-                    new[-1] = left + right
-                else:
-                    new.append(piece)
-            merged[tuple(new)] += count
-        words = merged
-    return vocabulary, merges
-
-
-def phi3_vocabulary(base: int) -> Vocabulary:
-    """Learn a vocabulary of Phi-3's kind: `base` pieces, then the control tokens."""
-    # pieces begin at a space, digits and line ends stand alone, as in Llama's vocabulary
-    words = Counter(
-        tuple(word)
-        for line in corpus()
-        for word in re.findall(r"[0-9\n]|▁?[^▁0-9\n]+|▁", "▁" + line.replace(" ", "▁"))
-    )
-    letters = Counter(letter for word, n in words.items() for letter in word * n)
-    common = sorted(letter for letter, n in letters.items() if n >= RARE and letter != "\n")
-    known = set(common)
-    head = [c.text for c in PHI3_HEAD] + [f"<0x{byte:02X}>" for byte in range(256)]
-    words = Counter({word: n for word, n in words.items() if known.issuperset(word)})
-    vocabulary, merges = learn(words, head + common, base)
-    ids = dict(vocabulary)
-    for control in PHI3_CONTROLS:
-        ids[control.text] = len(ids)
-    added = [{"id": ids[c.text], **c.entry()} for c in (*PHI3_HEAD, *PHI3_CONTROLS)]
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [sequence],
-            "pair": [sequence, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocabulary,
-            "merges": merges,
-        },
-    }
-    config = {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(t["id"]): {k: t[k] for k in t if k != "id"} for t in added},
-        "bos_token": "<s>",
-        "chat_template": PHI3_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>",
-        "legacy": False,
-        "model_max_length": 4096,
-        "pad_token": "<|endoftext|>",
-        "padding_side": "left",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-        "use_default_system_prompt": False,
-    }
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
-    single = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    return Vocabulary(files, len(ids), ids, len(vocabulary), single)
 
 
 def phi4_vocabulary(base: int) -> Vocabulary:
@@ -473,8 +317,8 @@ and their sense does not.
 
 
 def make_phi3(hf: Path, out: Path, cache: Path) -> None:
-    """Make `edged/selftest/model`."""
-    vocabulary = phi3_vocabulary(1200)
+    """Make `tests/models/phi3`."""
+    vocabulary = phi3_vocabulary(corpus(), 1200)
     save_weights(
         hf,
         vocabulary,
@@ -488,7 +332,7 @@ def make_phi3(hf: Path, out: Path, cache: Path) -> None:
     )
     build(hf, out, cache, vocabulary)
     card = CARD.format(
-        title="edged self-test model",
+        title="A test model of Phi-3's kind",
         tokenizer="of Phi-3's kind (SentencePiece-style BPE, byte fallback, rstrip control tokens)",
         size=vocabulary.size,
         graph="2 layers, hidden size 64, 4 heads, context 4096",
@@ -771,7 +615,7 @@ def make_embedding(hf: Path, out: Path, parts: Parts) -> None:
 
 def make_phi3v(hf: Path, out: Path, cache: Path, parts: Parts) -> None:
     """Make a vision folder as published: three graphs, their weights beside them."""
-    vocabulary = phi3_vocabulary(1200)
+    vocabulary = phi3_vocabulary(corpus(), 1200)
     hidden = 64
     save_weights(
         hf,
@@ -822,7 +666,7 @@ def make_phi3v(hf: Path, out: Path, cache: Path, parts: Parts) -> None:
 
 
 MODELS = {
-    "edged/selftest/model": make_phi3,
+    "tests/models/phi3": make_phi3,
     "tests/models/phi4-mini": make_phi4,
     "tests/models/phi3v": partial(
         make_phi3v,

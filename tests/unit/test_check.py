@@ -42,7 +42,7 @@ from tests.kit.fakebroker import (
 )
 from tests.kit.mosquitto import PASSWD, PROGRAM, Authority, Mosquitto
 
-MODEL = Path(check.__file__).parent / "selftest" / "model"
+MODEL = Path(__file__).resolve().parents[1] / "models" / "phi3"
 
 needs_mosquitto = pytest.mark.skipif(PROGRAM is None, reason="mosquitto is not installed")
 

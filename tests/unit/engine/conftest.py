@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import edged
 from edged.engine.prompts import STYLES, Prompts, Style
 from edged.engine.tokens import Vocabulary, read_vocabulary
 from edged.models.folder import inspect
@@ -19,7 +18,7 @@ from edged.ports import Turn
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = {
-    "phi3": Path(edged.__file__).parent / "selftest" / "model",
+    "phi3": ROOT / "tests" / "models" / "phi3",
     "phi4-mini": ROOT / "tests" / "models" / "phi4-mini",
 }
 

@@ -14,17 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import edged
 from edged.models import graph
 from edged.models.folder import _ALLOWED, ModelError, fingerprint, inspect
 
-SELFTEST = Path(edged.__file__).parent / "selftest" / "model"
+PHI3 = Path(__file__).resolve().parents[2] / "models" / "phi3"
 PHI4 = Path(__file__).resolve().parents[2] / "models" / "phi4-mini"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(SELFTEST, tmp_path / "model"))
+    return Path(shutil.copytree(PHI3, tmp_path / "model"))
 
 
 def change(
@@ -37,7 +36,7 @@ def change(
 
 
 def test_what_the_small_models_are_is_seen_without_running_anything() -> None:
-    phi3, phi4 = inspect(SELFTEST), inspect(PHI4)
+    phi3, phi4 = inspect(PHI3), inspect(PHI4)
     assert (phi3.family, phi3.type, phi3.context_length) == ("phi3", "phi3", 4096)
     assert (phi4.family, phi4.type, phi4.context_length) == ("phi4-mini", "phi3", 8192)
     config = json.loads((PHI4 / "genai_config.json").read_text())["model"]
@@ -285,7 +284,7 @@ def test_any_bytes_are_a_graph_or_are_not(
 
 
 def test_a_real_graph_cut_anywhere_is_noticed_or_harmless(tmp_path: Path) -> None:
-    whole = (SELFTEST / "model.onnx").read_bytes()
+    whole = (PHI3 / "model.onnx").read_bytes()
     path = tmp_path / "g.onnx"
     for cut in range(1, len(whole), 97):
         path.write_bytes(whole[:cut])

@@ -32,7 +32,7 @@ from edged.options import Model
 from edged.settings import Settings
 from tests.kit.vision import STOCK, STOCK_FP16, fused_folder, stock_copy
 
-SELFTEST = Path(edged.__file__).parent / "selftest" / "model"
+PHI3 = Path(__file__).resolve().parents[2] / "models" / "phi3"
 
 Edit = Callable[[Any], object]
 
@@ -524,8 +524,8 @@ def test_two_sources_that_contradict_each_other(stock: Path) -> None:
 
 def test_a_text_model_has_nothing_to_fuse() -> None:
     with pytest.raises(FuseError, match=r"a text model \(phi3\)"):
-        fuse(SELFTEST)
-    found = inspect(SELFTEST)
+        fuse(PHI3)
+    found = inspect(PHI3)
     assert (found.fused, found.unfused) == (None, None)
 
 
@@ -653,7 +653,7 @@ def test_the_command_says_what_it_did(stock: Path, capsys: pytest.CaptureFixture
 
 
 def test_the_command_fails_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["models", "fuse", str(SELFTEST)]) == 1
+    assert cli.main(["models", "fuse", str(PHI3)]) == 1
     said = capsys.readouterr()
     assert said.out == ""
     assert len(said.err.splitlines()) == 2
