@@ -205,7 +205,7 @@ class _Ask:
             self._note_gap()
         elif kind == "error":
             return self._status if self._cancelled else self._ended_badly(event)
-        elif kind == "result":
+        elif kind == "result" and "text" in event:  # answers to several questions are not ours
             return self._result(event)
         return None
 

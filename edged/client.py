@@ -1,4 +1,4 @@
-"""What `ask`, `top` and `demo` share: a client's connection, a job's text, a device's presence.
+"""What clients share: a connection, a job's text, a device's presence.
 
 A client is somebody else than the daemon: it connects with the `[client]` settings and a client id
 of its own, keeps no session, and asks again after a lost connection. That is safe, because a job's
@@ -245,7 +245,7 @@ _FIELDS: dict[str, dict[str, type[Any] | tuple[type[Any], ...]]] = {
     "started": {"attempt": int},
     "progress": {"attempt": int, "stage": str, "done": (int, float), "total": (int, float)},
     "chunk": {"attempt": int, "seq": int, "delta": str},
-    "result": {"attempt": int, "text": str},
+    "result": {"attempt": int},
     "error": {"code": str, "message": str},
     "refused": {"code": str, "message": str},
 }
@@ -259,7 +259,17 @@ def read_event(payload: bytes | None, job: str) -> dict[str, Any] | None:
     fields = _FIELDS.get(event["type"])
     if fields is None or not all(isinstance(event.get(n), kind) for n, kind in fields.items()):
         return None
+    if event["type"] == "result" and not _has_text(event):
+        return None
     return event
+
+
+def _has_text(result: dict[str, Any]) -> bool:
+    """Return whether a result has its text, or that of the answer to each question."""
+    answers = result.get("answers", [result])
+    return isinstance(answers, list) and all(
+        isinstance(each, dict) and isinstance(each.get("text"), str) for each in answers
+    )
 
 
 class Transcript:

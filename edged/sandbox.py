@@ -1,4 +1,7 @@
-"""Processes that a program like `edged demo` starts for itself, and takes away again."""
+"""Processes that a program like `edged demo` starts for itself, and takes away again.
+
+Whatever was started and written is gone when it ends, also after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edged import settings
 from edged.errors import EdgedError
 from edged.options import ENV_PREFIX
 from edged.terminal import one_line
@@ -23,7 +28,7 @@ from edged.terminal import one_line
 BROKER_S = 15.0
 STOP_S = 15.0
 
-_ENGINE = ("onnxruntime_genai", "onnxruntime", "numpy", "llguidance", "jsonschema")
+_ENGINE = ("onnxruntime_genai", "onnxruntime", "numpy", "llguidance", "jsonschema", "PIL")
 #: What systemd tells a service; our processes are none.
 _SYSTEMD = frozenset(
     {"CREDENTIALS_DIRECTORY", "STATE_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
@@ -121,6 +126,11 @@ class Child:
                 os.killpg(self.process.pid, signal.SIGKILL)
             await self.process.wait()
 
+    def must_live(self) -> None:
+        """Raise EdgedError if it has ended, and not well."""
+        if self.process.returncode not in {None, 0}:
+            raise self.failed(f"ended with {self.process.returncode}")
+
     def last_words(self) -> str:
         """Return the end of its log."""
         lines = self.log.read_text(errors="replace").splitlines()[-12:]
@@ -149,6 +159,90 @@ async def running(child: Child) -> AsyncIterator[Child]:
     finally:
         # A cancelled task can still wait here: it was cancelled once.
         await child.stop()
+
+
+async def until_ended(work: Coroutine[None, None, int]) -> int:
+    """Return the exit status of some work.
+
+    The first signal to end cancels it, so that everything is cleaned up on the way.
+    """
+    with _ended_by_signals() as ended:
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if not ended:
+                raise
+            return 128 + ended[0]
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    loop, task, seen = asyncio.get_running_loop(), asyncio.current_task(), list[int]()
+
+    def end(number: int) -> None:
+        seen.append(number)
+        if task is not None and len(seen) == 1:
+            task.cancel()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, end, int(number))
+    try:
+        yield seen
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+# A whole edged ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Private:
+    """A broker and a daemon that nobody else knows of."""
+
+    settings: settings.Settings
+    broker: Child
+    daemon: Child
+
+
+@asynccontextmanager
+async def private(device: str, model: Path, start_broker: StartBroker) -> AsyncIterator[Private]:
+    """Have a broker and a daemon run inside this context, in a folder that goes with them.
+
+    Args:
+        device: its name.
+        model: the folder of its model.
+        start_broker: as `choose_broker` gives it.
+    """
+    with tempfile.TemporaryDirectory(prefix=f"edged-{device}-", ignore_cleanup_errors=True) as name:
+        folder, port = Path(name), free_port()
+        broker = start_broker(folder, port)
+        async with running(broker):
+            await listening(broker, port)
+            config = folder / "edged.toml"
+            config.write_text(_config(folder, port, broker.protocol, device, model))
+            command = [sys.executable, "-m", "edged", "run", "--config", str(config)]
+            async with running(Child("edged", command, folder / "edged.log")) as daemon:
+                yield Private(settings.load(config, environ={}), broker, daemon)
+
+
+def _config(folder: Path, port: int, version: str, device: str, model: Path) -> str:
+    def text(value: object) -> str:
+        return settings.toml_value(str(value))
+
+    return (
+        f"device = {text(device)}\n"
+        f'[mqtt]\nhost = "127.0.0.1"\nport = {port}\nprotocol = {text(version)}\n'
+        f'[model]\nname = "selftest"\npath = {text(model)}\n'
+        f"[state]\ndir = {text(folder / 'state')}\nstop_s = 5\n"
+        "[health]\ninterval_s = 0.5\n"
+        "[limits]\nmax_tokens = 4000\n"
+        '[log]\nformat = "json"\n'
+    )
+
+
+# Brokers ----------------------------------------------------------------------------------------
 
 
 def _mosquitto(program: str, folder: Path, port: int) -> Child:
