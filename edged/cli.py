@@ -138,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
         help="which broker to start (default: mosquitto if it is installed, else amqtt)",
     )
     demo.set_defaults(run=_demo)
+
+    selftest = commands.add_parser(
+        "selftest",
+        help="try a fixed set of jobs end to end, and say which answers are right",
+        description="Without settings: the small model that ships, over a broker of its own. With "
+        "--config or --set: the device that they name, which must run; if it has another model, "
+        "the facts are looked for in its answers, whatever its words.",
+    )
+    _add_settings(selftest)
+    _add_json(selftest, "print one JSON object")
+    selftest.set_defaults(run=_selftest)
     return parser
 
 
@@ -357,6 +368,20 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     _be_silent()
     return demo.main(arguments.broker)
+
+
+def _selftest(arguments: argparse.Namespace) -> int:
+    try:
+        from edged.selftest import run
+    except ImportError as error:
+        raise EdgedError(
+            f"drawing the frames needs a package that is not installed: {error.name or error}",
+            hint="pip install 'edged[cpu]', or 'edged[cuda]' on a box with CUDA",
+        ) from None
+    _be_silent()
+    configured = arguments.config is not None or arguments.overrides
+    settings = _settings(arguments, as_client=True) if configured else None
+    return run.main(settings, as_json=arguments.as_json)
 
 
 def _be_silent() -> None:

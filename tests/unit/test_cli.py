@@ -16,6 +16,7 @@ import structlog
 from edged import __version__, app, ask, check, cli, demo, findings, log, top
 from edged.errors import BrokerUnreachable, ConfigError, EdgedError
 from edged.options import entries
+from edged.selftest import run as selftest
 from edged.settings import Settings
 
 
@@ -36,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         seen.append((*arguments, named))
         return 7
 
-    for module in (app, ask, demo, top):
+    for module in (app, ask, demo, top, selftest):
         monkeypatch.setattr(module, "main", instead)
     monkeypatch.setattr(log, "configure", lambda settings: seen.append((settings, {})))
     return seen
@@ -65,7 +66,7 @@ def test_help_imports_neither_paho_nor_the_engine_nor_pydantic() -> None:
     )
     done = run("-c", code)
     assert done.stderr == "[]\n"
-    for command in ("run", "check", "ask", "top", "schema", "demo"):
+    for command in ("run", "check", "ask", "top", "schema", "demo", "selftest"):
         assert command in done.stdout
 
 
@@ -145,6 +146,14 @@ def test_top_and_demo_pass_their_options_on(calls: list[tuple[Any, ...]]) -> Non
     cli.main(["demo", "--broker", "amqtt"])
     assert calls[0][-1] == {"once": True, "as_json": False}
     assert calls[1] == ("amqtt", {})
+
+
+def test_selftest_takes_settings_only_if_some_are_named(calls: list[tuple[Any, ...]]) -> None:
+    cli.main(["selftest"])
+    cli.main(["selftest", "--json", "--set", "device=other"])
+    assert calls[0] == (None, {"as_json": False})
+    assert isinstance(calls[1][0], Settings)
+    assert (calls[1][0].device, calls[1][1]) == ("other", {"as_json": True})
 
 
 @pytest.mark.parametrize("command", ["run", "ask What?", "top"])
