@@ -1,8 +1,7 @@
-"""What `ask`, `top` and `demo` make of what they read, without any broker."""
+"""What `ask` and `top` make of what they read, without any broker."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import time
@@ -12,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged import demo, top
+from edged import top
 from edged.client import Presence, Transcript, connection, read_event
 from edged.ports import Incoming, Receipt
 from edged.settings import Mqtt, Settings
@@ -40,6 +39,8 @@ class Terminal(io.StringIO):
         b'{"id":"j","type":["chunk"]}',
         b'{"id":"j","type":"chunk","attempt":"1","seq":0,"delta":"x"}',
         b'{"id":"j","type":"result","attempt":1}',
+        b'{"id":"j","type":"result","attempt":1,"answers":[{"text":1}]}',
+        b'{"id":"j","type":"result","attempt":1,"answers":"text"}',
         b'{"id":"j","type":"error","code":"dead"}',
     ],
 )
@@ -203,56 +204,3 @@ def test_a_heartbeat_shows_cameras_and_durations() -> None:
     rows = top.view(beat, "box", 61.0)
     assert "beat     -, 1 min 1 s ago; up 1 d 1 h" in rows
     assert "camera   door: 2.5 frames/s, the newest - old" in rows
-
-
-# What the demo takes for right ------------------------------------------------------------------
-
-
-def result(text: str, **fields: Any) -> dict[str, Any]:
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"type": "result", "attempt": 1, "text": text, "sha256": digest} | fields
-
-
-def told(text: str) -> Transcript:
-    transcript = Transcript()
-    transcript.begin(1)
-    transcript.add(1, 0, text)
-    return transcript
-
-
-def test_the_demo_takes_only_a_whole_result_for_right() -> None:
-    right = result("text")
-    assert demo.wrong_result(right, [b"1"], None, told("text")) is None
-    refused = {"code": "queue_full", "message": "m"}
-    error = {"type": "error", "code": "dead", "message": "m"}
-    for words, arguments in {
-        "refused, queue_full": (None, [], refused, told("")),
-        "no final": (None, [], None, told("")),
-        "2 different finals": (right, [b"1", b"2"], None, told("text")),
-        "the error dead": (error, [b"1"], None, told("")),
-        "not the text": (right, [b"1"], None, told("tex")),
-        "not the text of": (right | {"attempt": 2}, [b"1"], None, told("text")),
-        "SHA-256": (result("text", sha256="0"), [b"1"], None, told("text")),
-    }.items():
-        assert words in (demo.wrong_result(*arguments) or "")
-
-
-def test_the_demo_takes_only_cancelled_for_cancelled() -> None:
-    cancelled = {"type": "error", "code": "cancelled", "message": "m"}
-    assert demo.wrong_cancel(cancelled, [b"1"], None) is None
-    assert "with a result" in (demo.wrong_cancel(result("t"), [b"1"], None) or "")
-    assert "is dead" in (demo.wrong_cancel(cancelled | {"code": "dead"}, [b"1"], None) or "")
-    assert "no final" in (demo.wrong_cancel(None, [], None) or "")
-
-
-def test_the_demo_checks_the_form() -> None:
-    good = {"room": "hall", "people": 3, "door_open": True}
-    assert demo.wrong_form(result(json.dumps(good), json=good)) is None
-    for words, bad in {
-        "exactly the fields": good | {"more": 1},
-        "room or door_open": good | {"room": "cellar"},
-        "people is not": good | {"people": True},
-    }.items():
-        assert words in (demo.wrong_form(result(json.dumps(bad), json=bad)) or "")
-    assert "not its text" in (demo.wrong_form(result(json.dumps(good), json={})) or "")
-    assert "no JSON" in (demo.wrong_form(result("{")) or "")
