@@ -47,8 +47,8 @@ from edged.selftest.cases import (
 from edged.terminal import Screen, one_line, printable, width
 
 #: What each part may take, seconds.
-READY_S = 60.0
-JOB_S = 60.0
+READY_S = 180.0
+JOB_S = 180.0
 #: Characters of an answer that are shown.
 SHOWN = 240
 

@@ -23,7 +23,7 @@ from edged.settings import Settings
 from edged.terminal import Screen, one_line, printable
 
 #: What each part may take, seconds: with the small model, and with any other on a small box.
-READY_S, JOB_S = 60.0, 60.0
+READY_S, JOB_S = 180.0, 180.0
 REMOTE_READY_S, REMOTE_JOB_S = 600.0, 900.0
 
 _VERSION = 1

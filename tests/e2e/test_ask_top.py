@@ -19,13 +19,21 @@ from typing import Any, Self
 import pytest
 
 from tests.kit.client import Peer
-from tests.kit.daemon import ROOT, Daemon
+from tests.kit.daemon import ROOT, SHIPPED, Daemon
 from tests.kit.mosquitto import PASSWD, Mosquitto
 
 pytestmark = pytest.mark.broker
 
 PATIENCE_S = 20.0
 INSTANCE = "0" * 32
+READING = "Pump 3: 71 C, limit 65. Is that well?"
+READING_ANSWER = "No, Pump 3 is too high: 71 C is above the limit of 65 C."
+READING_SCHEMA = {
+    "type": "object",
+    "properties": {"value": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "required": ["value", "ok"],
+    "additionalProperties": False,
+}
 
 
 def environment() -> dict[str, str]:
@@ -549,22 +557,30 @@ def test_draws_in_place_on_a_terminal(broker: Mosquitto, ready: Device) -> None:
 # With the real daemon ---------------------------------------------------------------------------
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("version", ["5", "3.1.1"])
 def test_asks_the_real_daemon(broker: Mosquitto, tmp_path: Path, version: str) -> None:
-    settings = {"mqtt": {"protocol": version}}
-    with Daemon(tmp_path, broker.port, settings=settings) as daemon:
+    settings = {"mqtt": {"protocol": version}, "model": {"path": str(SHIPPED)}}
+    with Daemon(tmp_path, broker.port, engine="real", settings=settings) as daemon:
         daemon.wait_ready()
         with Program("top", "--once", port=broker.port, mqtt__protocol=version) as top:
             assert top.wait() == 0, top.text
-        with Program("ask", "What?", "--json", port=broker.port, mqtt__protocol=version) as ask:
+        with Program("ask", READING, "--json", port=broker.port, mqtt__protocol=version) as ask:
             assert ask.wait() == 0, ask.text
         events = [json.loads(line) for line in ask.out.splitlines()]
         kinds = [event["type"] for event in events]
         assert kinds[0] == "accepted"
         assert kinds[-1] == "result"
-        with Program("ask", "What?", port=broker.port, mqtt__protocol=version) as ask:
+        assert events[-1]["text"] == READING_ANSWER
+        with Program("ask", READING, port=broker.port, mqtt__protocol=version) as ask:
             assert ask.wait() == 0
-        assert ask.out == f"{events[-1]['text']}\n"
+        assert ask.out == f"{READING_ANSWER}\n"
+        schema = tmp_path / "schema.json"
+        schema.write_text(json.dumps(READING_SCHEMA))
+        wanted = ("--schema", str(schema), "--json")
+        with Program("ask", READING, *wanted, port=broker.port, mqtt__protocol=version) as ask:
+            assert ask.wait() == 0, ask.text
+        assert json.loads(ask.out.splitlines()[-1])["json"] == {"value": 71, "ok": False}
         assert daemon.stop() == 0
         with Program("top", "--once", port=broker.port, mqtt__protocol=version) as top:
             assert top.wait() == 1

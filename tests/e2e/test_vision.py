@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from edged.selftest.drawings import COLOURS, Mark, Point, encoded, frame
 from tests.e2e.test_ask_top import Program, environment
 from tests.kit.client import Peer
-from tests.kit.daemon import ROOT, Daemon
-from tests.kit.mosquitto import Mosquitto
+from tests.kit.daemon import ROOT, SHIPPED, Daemon
+from tests.kit.mosquitto import PROGRAM, Mosquitto
 from tests.kit.vision import stock_copy
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
+
+FORM = {
+    "type": "json_schema",
+    "json_schema": {
+        "schema": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("shape", "colour", "place")},
+            "required": ["shape", "colour", "place"],
+            "additionalProperties": False,
+        }
+    },
+}
 
 
 def jpeg(number: int) -> bytes:
@@ -44,6 +60,109 @@ def result(ask: Program) -> dict[str, Any]:
     assert isinstance(last, dict)
     assert last["type"] == "result"
     return last
+
+
+def draw(
+    *at: Point, colour: str = "red", kind: Literal["JPEG", "PNG"] = "JPEG", quality: int = 90
+) -> bytes:
+    """Return a frame with circles of one colour."""
+    marks = [Mark(shape="circle", rgb=COLOURS[colour], at=each, size=0.35) for each in at]
+    return encoded(frame(marks), kind, quality)
+
+
+TO_THE_RIGHT: tuple[Point, ...] = ((0.18, 0.5), (0.39, 0.5), (0.61, 0.5), (0.82, 0.5))
+
+
+class Eyes:
+    """A daemon with the model that ships, asked by an MQTT client that knows nothing of edged."""
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        self._jobs = itertools.count(1)
+
+    def look(self, frames: Sequence[bytes], **request: Any) -> dict[str, Any]:
+        """Return the result of a request about frames."""
+        job = f"look-{next(self._jobs)}"
+        images = [{"image": base64.b64encode(each).decode()} for each in frames]
+        body = {"id": job, "frames": images, **request}
+        self._peer.publish("edged/box/request/vision", json.dumps(body))
+        topic = f"edged/box/response/{job}"
+
+        def finals() -> list[dict[str, Any]]:
+            events = [json.loads(m.payload) for m in list(self._peer.seen) if m.topic == topic]
+            return [each for each in events if each["type"] in ("result", "error", "refused")]
+
+        self._peer.wait(lambda _: bool(finals()), timeout_s=60)
+        (final,) = finals()
+        assert final["type"] == "result", final
+        return final
+
+    def says(self, frames: Sequence[bytes], prompt: str) -> str:
+        """Return the answer to a question about frames."""
+        return str(self.look(frames, prompt=prompt)["text"])
+
+
+@pytest.fixture(scope="module")
+def eyes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eyes]:
+    if PROGRAM is None:
+        pytest.skip("mosquitto is not installed")
+    directory = tmp_path_factory.mktemp("eyes")
+    with (
+        Mosquitto(directory) as broker,
+        seeing(directory, broker.port, SHIPPED) as daemon,
+        Peer(broker.port, "edged/box/response/#") as peer,
+    ):
+        daemon.wait_ready()
+        yield Eyes(peer)
+        assert daemon.stop() == 0
+        assert daemon.faults() == []
+
+
+def test_the_answer_turns_round_with_the_frames(eyes: Eyes) -> None:
+    frames = [draw(at) for at in TO_THE_RIGHT]
+    question = "Which way does the red circle move?"
+    assert eyes.says(frames, question) == "The red circle moves to the right."
+    assert eyes.says(frames[::-1], question) == "The red circle moves to the left."
+
+
+def test_frames_out_of_order_are_noticed(eyes: Eyes) -> None:
+    frames = [draw(TO_THE_RIGHT[n]) for n in (2, 0, 3, 1)]
+    assert eyes.says(frames, "What happens?") == (
+        "The red circle jumps about: the frames are out of order."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [(0, "A red circle appears in frame 2."), (3, "The red circle vanishes in frame 4.")],
+)
+def test_one_frame_of_four_changes_the_answer(eyes: Eyes, changed: int, said: str) -> None:
+    frames = [draw((0.3, 0.4))] * 4
+    assert eyes.says(frames, "What happens?") == "Nothing changes."
+    frames[changed] = draw()
+    assert eyes.says(frames, "What happens?") == said
+
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
+def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> None:
+    files = (
+        draw((0.5, 0.5), colour=colour, kind="PNG"),
+        draw((0.5, 0.5), colour=colour, quality=60),
+    )
+    for file in files:
+        assert eyes.says([file], "What colour is the circle?") == f"The circle is {colour}."
+        where = eyes.look([file], prompt="Describe the picture.", response_format=FORM)
+        assert where["json"] == {"colour": colour, "shape": "circle", "place": "centre"}
+
+
+def test_several_questions_about_the_same_frames(eyes: Eyes) -> None:
+    frames = [draw(at) for at in TO_THE_RIGHT]
+    questions = ["Which way does the circle move?", "What colour is the circle?"]
+    result = eyes.look(frames, questions=questions)
+    assert [each["text"] for each in result["answers"]] == [
+        "The red circle moves to the right.", "The circle is red.",
+    ]  # fmt: skip
+    assert [each["index"] for each in result["frames"]["used"]] == [0, 1, 2, 3]
 
 
 def test_ask_about_pictures_and_about_a_camera(

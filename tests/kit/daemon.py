@@ -29,7 +29,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 ROOT = Path(__file__).resolve().parents[2]
+#: A text model with random weights: its answers are long and mean nothing.
 MODEL = ROOT / "tests" / "models" / "phi3"
+#: The model that ships with edged: it sees, and what it says is right or wrong.
+SHIPPED = ROOT / "edged" / "selftest" / "model"
 
 #: Seconds a wait lasts before it fails the test; a busy machine is slow, not wrong.
 PATIENCE_S = 30.0

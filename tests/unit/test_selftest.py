@@ -71,7 +71,7 @@ def test_the_jobs_are_valid_and_always_the_same() -> None:
 
 def result(case: Case) -> dict[str, object]:
     """Return a result with just the right answers."""
-    answers = [
+    answers: list[dict[str, object]] = [
         {"text": "{}", "json": each.exact} if isinstance(each.exact, dict) else {"text": each.exact}
         for each in case.answers
     ]
