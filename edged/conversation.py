@@ -215,15 +215,18 @@ class Conversation:
         self._client.send(self._topics.request("cancel", self._settings.client.username), body)
 
     async def finish(self, job: Job, seconds: float) -> None:
-        """Wait for a job's end, and for chunks that are late."""
+        """Wait for a job's end; if nobody waits for it any more, cancel it."""
         try:
             await self.until(lambda: job.ended, seconds)
-            if job.final is not None and job.final["type"] == "result":
-                await self.until(lambda: job.stream_fault() is None, LATE_S)
         except asyncio.CancelledError:
-            self.cancel(job)  # nobody waits for it any more
+            self.cancel(job)
             await self.until(lambda: job.ended, CANCEL_S)
             raise
+
+    async def late(self, job: Job) -> None:
+        """Wait for chunks that come after a result: nothing holds them in order."""
+        if job.final is not None and job.final["type"] == "result":
+            await self.until(lambda: job.stream_fault() is None, LATE_S)
 
     # What comes
 

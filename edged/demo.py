@@ -248,6 +248,7 @@ class _Demo:
             self._frames([base64.b64decode(each["image"]) for each in request["frames"]])
         job = self._send(request)
         await self._talk.finish(job, JOB_S)
+        await self._talk.late(job)
         self._ended(job)
         fault = job.fault() or job.stream_fault()
         if fault is None and not Answer(exact=answer).matches(job.final or {}, exactly=True):

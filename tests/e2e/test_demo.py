@@ -144,7 +144,7 @@ def test_says_why_the_daemon_does_not_come_up(tmp_path: Path) -> None:
     folder.mkdir()
     code = (
         "import sys; from pathlib import Path; from edged import demo; "
-        f"demo.verify = lambda: Path({str(tmp_path / 'nowhere')!r}); demo.READY_S = 10.0; "
+        f"demo.verify = lambda: Path({str(tmp_path / 'nowhere')!r}); demo.READY_S = 20.0; "
         "from edged.cli import main; sys.exit(main(['demo']))"
     )
     done = subprocess.run(
@@ -153,6 +153,6 @@ def test_says_why_the_daemon_does_not_come_up(tmp_path: Path) -> None:
         text=True, timeout=LIMIT_S,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "edged is not ready after 10 s (degraded: " in done.stderr
+    assert "edged is not ready after 20 s (degraded: " in done.stderr
     assert "Traceback" not in done.stderr
     assert left_over(folder) == []

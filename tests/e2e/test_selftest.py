@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from edged import selftest
-from edged.selftest.cases import cases
+from edged.selftest.cases import Case, cases
+from tests.e2e.test_ask_top import INSTANCE, Device, Program
 from tests.kit.daemon import ROOT, SHIPPED, Daemon
 from tests.kit.mosquitto import PROGRAM, Mosquitto
 
@@ -110,6 +112,50 @@ def test_a_configured_device_is_tried_with_its_own_settings(
         done = run(tmp_path / "three", *SELFTEST, *config)
         assert done.returncode == 1
         assert "no sign of a device box under edged/box; its last status: offline" in done.stderr
+
+
+def answer(device: Device, request: dict[str, Any], case: Case, said: Any) -> None:
+    """Have a device that is played answer a request: with text, a JSON object, or several."""
+    values = said if "questions" in case.request else [said]
+    answers = [
+        {"text": each} if isinstance(each, str) else {"text": json.dumps(each), "json": each}
+        for each in values
+    ]
+    whole = "\n".join(each["text"] for each in answers).encode()
+    device.event(
+        request["id"], "result", attempt=1, sha256=hashlib.sha256(whole).hexdigest(),
+        timings={"ttft_ms": 5.0, "tokens_per_second": 9.0},
+        **({"answers": answers} if "questions" in case.request else answers[0]),
+    )  # fmt: skip
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("wrong", [None, "a reading as JSON", "a move"])
+def test_one_wrong_answer_is_enough(broker: Mosquitto, wrong: str | None) -> None:
+    said = {"a reading as JSON": {"device": "pump 3"}, "a move": "The red circle moves up."}
+    with Device(broker.port) as device:
+        device.status("ready")
+        able = {"text": True, "vision": True, "json_schema": True}
+        info = {"v": 1, "instance": INSTANCE, "capabilities": able, "model": "played"}
+        device.peer.publish("edged/box/info", json.dumps(info), retain=True)
+        device.beat("ready")
+        with Program("selftest", "--json", port=broker.port, model__path=str(SHIPPED)) as program:
+            device.peer.wait(bool, timeout_s=LIMIT_S)  # it has started
+            for number, case in enumerate(cases(), 1):
+                request = device.request(number)
+                assert request["topic"] == f"edged/box/request/{case.kind}"
+                right = case.expected(exactly=True)
+                answer(device, request, case, said[case.name] if case.name == wrong else right)
+                device.beat("ready")
+            assert program.wait() == (0 if wrong is None else 1), program.text
+        body = json.loads(program.out)
+    assert [each["name"] for each in body["cases"] if not each["ok"]] == [wrong] * bool(wrong)
+    assert (body["exact"], body["model"], body["ok"]) == (True, "played", wrong is None)
+    assert (body["ttft_ms_p50"], body["tokens_per_second_p50"]) == (5, 9)
+    assert body["peak_memory_mb"] == 310  # as the heartbeats say
+    if wrong is not None:
+        (failed,) = [each for each in body["cases"] if not each["ok"]]
+        assert failed["answer"] == said[wrong]
 
 
 @pytest.mark.broker

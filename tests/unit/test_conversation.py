@@ -131,6 +131,7 @@ async def test_a_job_is_followed_to_its_end() -> None:
         device.event("a", "result", **result())
         device.event("a", "chunk", attempt=1, seq=1, delta="xt")
         await talk.finish(asked, 5)
+        await talk.late(asked)
     assert asked.fault() is None
     assert asked.stream_fault() is None
     assert told.happened == ["started", "chunk", "result", "chunk"]
