@@ -24,6 +24,12 @@ class Document:
     def __init__(self, root: str) -> None:
         self._root = root
         self._made = _document()
+        self._topics = {
+            str(name): re.compile("[^/]+".join(map(re.escape, re.split(r"\{\w+\}", address))))
+            for name, channel in self._made["channels"].items()
+            if channel["address"] is not None
+            for address in (channel["address"].replace("{base_topic}/{device}", root),)
+        }
         #: What edged sends and hears, by channel: message -> QoS, retained.
         self._sent = self._bindings("send")
         self._heard = self._bindings("receive")
@@ -44,23 +50,26 @@ class Document:
                     told[_last(message)] = (binding["qos"], binding["retain"])
         return found
 
-    @functools.cache  # noqa: B019 - there are a few topics, and a few documents
     def channel(self, topic: str) -> str | None:
         """Return the channel of a topic; below our root it has one, elsewhere it is a reply."""
         if not topic.startswith(f"{self._root}/"):
             return "reply"
-        for name, channel in self._made["channels"].items():
-            if channel["address"] is None:
-                continue
-            address = channel["address"].replace("{base_topic}/{device}", self._root)
-            levels = (re.escape(part) for part in re.split(r"\{\w+\}", address))
-            if re.fullmatch("[^/]+".join(levels), topic):
-                return str(name)
-        return None
+        return next((name for name, form in self._topics.items() if form.fullmatch(topic)), None)
 
     def is_told(self, topic: str) -> bool:
         """Return whether edged, and no client, publishes on this topic."""
         return self.channel(topic) not in self._heard
+
+    @property
+    def told(self) -> set[str]:
+        """The names of all messages that edged publishes."""
+        return {message for messages in self._sent.values() for message in messages}
+
+    def message(self, topic: str, body: Body) -> str | None:
+        """Return which message edged published here; where there may be several, its type says."""
+        messages = self._sent.get(self.channel(topic) or "", {})
+        name = next(iter(messages)) if len(messages) == 1 else str(body.get("type", ""))
+        return name if name in messages else None
 
     def told_wrong(
         self, topic: str, body: Body, *, qos: int | None = None, retain: bool | None = None
@@ -76,27 +85,21 @@ class Document:
         if channel is None:
             yield "no channel has this topic"
             return
-        messages = self._sent[channel]
-        kind = str(body.get("type", ""))
-        message = next(iter(messages)) if len(messages) == 1 else kind
-        if message not in messages:
-            yield f"there is no type {kind!r}"
+        message = self.message(topic, body)
+        if message is None:
+            yield f"there is no type {body.get('type', '')!r}"
             return
-        wanted = messages[message]
+        wanted = self._sent[channel][message]
         if qos not in {None, wanted[0]}:
             yield f"QoS {qos}, it must be {wanted[0]}"
         if retain not in {None, wanted[1]}:
             yield "it must be retained" if wanted[1] else "it must not be retained"
         yield from _schema_wrong(message, body)
 
-    def refuses(self, kind: str, body: Body) -> list[str]:
-        """Return why a request of this kind (`text`, `vision`, `cancel`) is none."""
-        return list(_schema_wrong(f"{kind}Request", body))
-
 
 @functools.cache
 def validator(message: str) -> jsonschema.Draft7Validator:
-    """Return what checks a message's payload."""
+    """Return what checks a message's payload; `textRequest` is one, `heartbeat` another."""
     made = _document()
     name = _last(made["components"]["messages"][message]["payload"])
     schemas = made["components"]["schemas"]

@@ -40,7 +40,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from tests.kit.document import Document
+from tests.kit.document import Document, validator
 from tests.kit.oracle import Body, Name, Request, Seen, judge, sense_wrong, short
 
 __all__ = ["Body", "Name", "Observer", "Request", "Seen"]
@@ -497,7 +497,7 @@ class Observer:
         found += self.not_as_documented()
         found += self._not_refused()
         for each in self.events():
-            if not self._undocumented(each):
+            if self._is_edgeds(each) and not self._undocumented(each):
                 found += [f"{short(each)}: {wrong}" for wrong in self._wrong(each)]
             name = each.name
             if name is None:
@@ -538,11 +538,16 @@ class Observer:
             self._held[each.number] = list(self._hold_to_document(each))
         return self._held[each.number]
 
-    def _hold_to_document(self, each: Seen) -> Iterator[str]:
+    def _is_edgeds(self, each: Seen) -> bool:
+        """Return whether our edged published this, and not a client, a test or another device."""
         if not self._document.is_told(each.topic) or (each.topic, each.payload) in self._forged:
+            return False
+        ours = (f"{self.root}/", f"{self.base}/reply/")
+        return each.topic.startswith(ours) or each.type != ""
+
+    def _hold_to_document(self, each: Seen) -> Iterator[str]:
+        if not self._is_edgeds(each):
             return
-        if not each.topic.startswith((f"{self.root}/", f"{self.base}/reply/")) and not each.type:
-            return  # another device's, or a test's own
         yield from self._document.told_wrong(
             each.topic,
             each.body,
@@ -558,7 +563,7 @@ class Observer:
         """
         wrong: defaultdict[tuple[Name | None, str], dict[str, Request]] = defaultdict(dict)
         for request in self.requests():
-            if self._document.refuses(request.kind, request.seen.body):
+            if not validator(f"{request.kind}Request").is_valid(request.seen.body):
                 name = request.name
                 usable = name is not None and JOB_ID.fullmatch(name.id)
                 wrong[name if usable else None, request.kind][request.seen.question] = request
