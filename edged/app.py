@@ -11,24 +11,25 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 
-from edged import __version__
+from edged import __version__, payloads
 from edged.cameras.hub import CameraHub, bounds, camera_connection, same_user
 from edged.clock import SystemClock
 from edged.dispatcher import Dispatcher
 from edged.engine.host import EngineHost
 from edged.engine.messages import Order
 from edged.errors import EdgedError, JournalUnavailable
-from edged.health import Condition, Health, Identity
+from edged.health import Health, Identity
 from edged.intake import Intake, Rules
-from edged.jobs import MAX_DEATHS
+from edged.jobs import MAX_DEATHS, Totals
 from edged.journal import Journal
-from edged.metrics import Speed, Totals
+from edged.metrics import Speed
 from edged.mqtt import Connection, MqttBus
 from edged.outbox import Outbox
+from edged.payloads import Condition
 from edged.ports import Bus, Clock, Engine, Incoming, Outgoing, Session, Trace, no_trace
 from edged.scheduler import Scheduler
 from edged.sensors import Sensors
@@ -197,18 +198,19 @@ class App:
 
     def _identity(self) -> Identity:
         settings = self.settings
-        limits = settings.limits.model_dump()
-        limits["packet_bytes"] = packet_bytes(settings)
+        limits = settings.limits.model_dump() | {"packet_bytes": packet_bytes(settings)}
+        topics: payloads.InfoTopics = {
+            "root": self.topics.root,
+            "requests": list(self.topics.requests),
+            "reply_prefixes": list(settings.mqtt.reply_prefixes),
+        }
+        if settings.cameras.max:
+            topics["cameras"] = self.topics.camera_frames
         return Identity(
             instance=self.instance,
             interval_s=settings.health.interval_s,
-            limits=limits,
-            topics={
-                "root": self.topics.root,
-                "requests": list(self.topics.requests),
-                **({"cameras": self.topics.camera_frames} if settings.cameras.max else {}),
-                "reply_prefixes": list(settings.mqtt.reply_prefixes),
-            },
+            limits=cast("payloads.Limits", limits),
+            topics=topics,
             warnings=tuple(warnings(settings)),
             versions={"edged": __version__, "python": platform.python_version()},
             model=settings.model.name,

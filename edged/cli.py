@@ -106,15 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(top, "print heartbeats as lines of JSON")
     top.set_defaults(run=_top)
 
-    schema = commands.add_parser("schema", help="print what can be set")
-    schema.add_argument("what", choices=["config"], help="config: the settings")
-    schema.add_argument(
+    schema = commands.add_parser("schema", help="print what can be set, or sent and received")
+    kinds = schema.add_subparsers(title="commands", metavar="WHAT", required=True)
+    config = kinds.add_parser("config", help="the settings")
+    config.add_argument(
         "--format",
         choices=["json", "toml", "markdown"],
         default="json",
         help="a JSON Schema, a commented settings file, or tables (default: %(default)s)",
     )
-    schema.set_defaults(run=_schema)
+    config.set_defaults(run=_config_schema)
+    asyncapi = kinds.add_parser("asyncapi", help="the topics, and the schema of every payload")
+    asyncapi.add_argument(
+        "--format",
+        choices=["json", "markdown"],
+        default="json",
+        help="an AsyncAPI 3.0 document, or a table of the topics (default: %(default)s)",
+    )
+    asyncapi.set_defaults(run=_asyncapi)
 
     models = commands.add_parser("models", help="prepare a model's folder")
     steps = models.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -329,15 +338,29 @@ def _top(arguments: argparse.Namespace) -> int:
     )
 
 
-def _schema(arguments: argparse.Namespace) -> int:
+def _config_schema(arguments: argparse.Namespace) -> int:
     from edged import schema
 
     if arguments.format == "json":
-        print(json.dumps(schema.config_schema(), indent=2, ensure_ascii=False))
+        _print_json(schema.config_schema())
     else:
         text = schema.config_toml() if arguments.format == "toml" else schema.config_markdown()
         print(text, end="")
     return 0
+
+
+def _asyncapi(arguments: argparse.Namespace) -> int:
+    from edged import asyncapi
+
+    if arguments.format == "json":
+        _print_json(asyncapi.document())
+    else:
+        print(asyncapi.topics_markdown(), end="")
+    return 0
+
+
+def _print_json(body: dict[str, Any]) -> None:
+    print(json.dumps(body, indent=2, ensure_ascii=False))
 
 
 def _fuse(arguments: argparse.Namespace) -> int:

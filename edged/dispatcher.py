@@ -22,9 +22,9 @@ from edged.errors import (
     JournalUnavailable,
     Refused,
 )
-from edged.jobs import MAX_DEATHS, Job, Kind, Outcome
+from edged.jobs import MAX_DEATHS, Job, Kind, Outcome, Totals
 from edged.journal import Journal
-from edged.metrics import Speed, Totals
+from edged.metrics import Speed
 from edged.outbox import Outbox
 from edged.ports import (
     Bus,
@@ -38,6 +38,7 @@ from edged.ports import (
     Outgoing,
     Planned,
     Progress,
+    Stage,
     Task,
     Trace,
     no_trace,
@@ -60,7 +61,7 @@ class Current:
 
     job: Job
     started: float = field(default_factory=time.monotonic)
-    stage: str = "prepare"
+    stage: Stage = "prepare"
     moved: float = field(default_factory=time.monotonic)
     #: Its final is, or is being, stored: what the engine still says is of no use.
     ended: bool = False

@@ -11,17 +11,18 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from enum import StrEnum
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 
-from edged import protocol
+from edged import payloads, protocol
 from edged.dispatcher import Dispatcher
+from edged.jobs import Totals
 from edged.journal import Journal
-from edged.metrics import Speed, Totals
+from edged.metrics import Speed
 from edged.outbox import Outbox
+from edged.payloads import Condition
 from edged.ports import Bus, Clock, Engine, EngineState, Incoming, Outgoing
 from edged.scheduler import Scheduler
 from edged.topics import Topics
@@ -38,16 +39,6 @@ FOREIGN_S = 60.0
 log = structlog.get_logger()
 
 
-class Condition(StrEnum):
-    """The state in `status` and the heartbeat."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DEGRADED = "degraded"
-    STOPPING = "stopping"
-    OFFLINE = "offline"
-
-
 _LIVE = [state for state in Condition if state is not Condition.OFFLINE]
 
 
@@ -58,8 +49,8 @@ class Identity:
     instance: str
     interval_s: float
     #: The `limits`, `topics` and `warnings` of `info`.
-    limits: dict[str, Any]
-    topics: dict[str, Any]
+    limits: payloads.Limits
+    topics: payloads.InfoTopics
     warnings: tuple[str, ...]
     versions: dict[str, str]
     #: The configured model's name, known before it is loaded.
@@ -69,7 +60,7 @@ class Identity:
 class Cameras(Protocol):
     """What is asked of the cameras."""
 
-    def heartbeat(self) -> dict[str, dict[str, float | None]]:
+    def heartbeat(self) -> dict[str, payloads.CameraRate]:
         """Return the heartbeat's `cameras`."""
         ...
 
@@ -103,7 +94,7 @@ class Health:
         totals: Totals,
         speed: Speed,
         clock: Clock,
-        host: Callable[[], dict[str, Any]],
+        host: Callable[[], payloads.Host],
         host_trouble: Callable[[], str | None],
         cameras: Cameras | None = None,
     ) -> None:
@@ -130,7 +121,7 @@ class Health:
         self._foreign: float | None = None
         self._journal_note: str | None = None
         self._told: tuple[Condition, str] | None = None
-        self._info_sent: bytes | None = None
+        self._info_sent: payloads.Info | None = None
         self._changed = asyncio.Event()
         self.stopping = False
 
@@ -294,20 +285,19 @@ class Health:
         if self._asked is None and self._subscribed:
             self._asked = time.monotonic()
         info = self._info()
-        if info != self._info_sent:
+        if self._info_sent is None or info != {**self._info_sent, "ts": info["ts"]}:
             self._info_sent = info
-            body = json.loads(info) | {"ts": self._clock.stamp().wall}
             self._outbox.post_state(
-                Outgoing(topic=self._topics.info, payload=protocol.encode(body), qos=1, retain=True)
+                Outgoing(topic=self._topics.info, payload=protocol.encode(info), qos=1, retain=True)
             )
         self._outbox.post_state(self.status(state, reason))
 
     def status(self, state: Condition, reason: str) -> Outgoing:
         """Return the retained status message for a state."""
         stamp = self._clock.stamp()
-        body = {
+        body: payloads.Status = {
             "v": protocol.VERSION,
-            "state": str(state),
+            "state": state,
             "instance": self._identity.instance,
             "reason": reason,
             "ts": stamp.wall,
@@ -322,9 +312,12 @@ class Health:
             expiry_s=None if state is Condition.OFFLINE else self._expiry_s,
         )
 
-    def _info(self) -> bytes:
+    def _info(self) -> payloads.Info:
         identity, engine = self._identity, self._engine.info
-        body = {
+        limits = identity.limits.copy()
+        if engine is not None:
+            limits["max_context"], limits["threads"] = engine.max_context, engine.threads
+        return {
             "v": protocol.VERSION,
             "instance": identity.instance,
             "versions": identity.versions | (engine.versions if engine else {}),
@@ -336,12 +329,11 @@ class Health:
                 "vision": engine.vision if engine else False,
                 "json_schema": engine.json_schema if engine else False,
             },
-            "limits": identity.limits
-            | ({"max_context": engine.max_context, "threads": engine.threads} if engine else {}),
+            "limits": limits,
             "topics": identity.topics,
             "warnings": [*identity.warnings, *self._journal_warning()],
+            "ts": self._clock.stamp().wall,
         }
-        return protocol.encode(body)
 
     def _journal_warning(self) -> list[str]:
         reset = self._journal.stats.reset
@@ -349,17 +341,17 @@ class Health:
             return []
         return [f"the journal was damaged and set aside, its jobs are lost: {reset}"]
 
-    def heartbeat(self) -> dict[str, Any]:
+    def heartbeat(self) -> payloads.Heartbeat:
         """Return the heartbeat and count it."""
         state, reason = self.judge()
         stamp, engine, info = self._clock.stamp(), self._engine.status, self._engine.info
         bus = self._bus.state
         self._seq += 1
-        body: dict[str, Any] = {
+        body: payloads.Heartbeat = {
             "v": protocol.VERSION,
             "seq": self._seq,
             "instance": self._identity.instance,
-            "state": str(state),
+            "state": state,
             "reason": reason,
             "ts": stamp.wall,
             "clock_synced": stamp.synced,
@@ -371,21 +363,10 @@ class Health:
                 "depth": self._scheduler.depth,
                 "oldest_s": round(self._scheduler.oldest_s(stamp), 1),
             },
-        }
-        if (current := self._dispatcher.current) is not None:
-            body["job"] = {
-                "id": current.job.key.id,
-                **({"client": current.job.key.client} if current.job.key.client else {}),
-                "stage": current.stage,
-                "progress_age_s": round(time.monotonic() - current.moved, 1),
-            }
-        if self._cameras is not None and (cameras := self._cameras.heartbeat()):
-            body["cameras"] = cameras
-        return body | {
             "outbox": {"depth": self._outbox.depth, "oldest_s": round(self._outbox.oldest_s, 1)},
-            "totals": asdict(self._totals),
+            "totals": self._totals,
             "engine": {
-                "state": str(engine.state),
+                "state": engine.state,
                 "restarts": engine.restarts,
                 "last_reason": engine.last_reason,
                 "rss_mb": engine.rss_mb,
@@ -401,3 +382,15 @@ class Health:
                 "last_reason": bus.last_reason,
             },
         }
+        if (current := self._dispatcher.current) is not None:
+            key = current.job.key
+            body["job"] = {
+                "id": key.id,
+                "stage": current.stage,
+                "progress_age_s": round(time.monotonic() - current.moved, 1),
+            }
+            if key.client:
+                body["job"]["client"] = key.client
+        if self._cameras is not None and (cameras := self._cameras.heartbeat()):
+            body["cameras"] = cameras
+        return body

@@ -20,9 +20,8 @@ import structlog
 
 from edged import protocol
 from edged.errors import Code, FramesFull, JobGone, JournalFull, JournalUnavailable, Refused
-from edged.jobs import Draft, Job, Key, Kind, Reply, joined
+from edged.jobs import Draft, Job, Key, Kind, Reply, Totals, joined
 from edged.journal import Accepted, Journal, Known
-from edged.metrics import Totals
 from edged.outbox import Outbox
 from edged.ports import Bus, Clock, Engine, FrameSource, Incoming, Outgoing, Trace, no_trace
 from edged.scheduler import Scheduler

@@ -32,6 +32,29 @@ class Outcome(StrEnum):
     DEAD = "dead"
 
 
+@dataclass(slots=True)
+class Totals:
+    """Counts since this instance began; the five outcomes are disjoint."""
+
+    accepted: int = 0
+    completed: int = 0
+    failed: int = 0
+    refused: int = 0
+    expired: int = 0
+    cancelled: int = 0
+    dead: int = 0
+    duplicates: int = 0
+
+    def ended(self, outcome: Outcome) -> None:
+        """Count a job's end."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+
+    def replaced(self) -> None:
+        """Count a result anew as the error that was put in its place: nobody could be sent it."""
+        self.completed = max(0, self.completed - 1)  # it may be an earlier instance's
+        self.failed += 1
+
+
 #: Engine deaths on one job (or daemon starts that find it running) after which it is given up.
 MAX_DEATHS = 3
 

@@ -1,40 +1,17 @@
-"""Counts and measured speeds: what the heartbeat totals, and what `eta_s` is learned from."""
+"""Measured speeds: what the heartbeat tells, and what `eta_s` is learned from."""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from edged.jobs import Job, Outcome
+from edged import payloads
+from edged.jobs import Job
 from edged.ports import Completed
 
 #: How many recent jobs the medians are taken over.
 RECENT = 20
-
-
-@dataclass(slots=True)
-class Totals:
-    """Counts since this instance began; the five outcomes are disjoint."""
-
-    accepted: int = 0
-    completed: int = 0
-    failed: int = 0
-    refused: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    dead: int = 0
-    duplicates: int = 0
-
-    def ended(self, outcome: Outcome) -> None:
-        """Count a job's end."""
-        setattr(self, outcome, getattr(self, outcome) + 1)
-
-    def replaced(self) -> None:
-        """Count a result anew as the error that was put in its place: nobody could be sent it."""
-        self.completed = max(0, self.completed - 1)  # it may be an earlier instance's
-        self.failed += 1
 
 
 class Speed:
@@ -96,7 +73,7 @@ class Speed:
         total = sum(run[count] for run in self._runs)
         return sum(run[cost] for run in self._runs) / total if total else 0.0
 
-    def snapshot(self) -> dict[str, float | None]:
+    def snapshot(self) -> payloads.Speed:
         """Return the heartbeat's `speed`."""
         prefill = self._per("prefill_s", "prompt_tokens")
         ttft = self._median("ttft_ms")

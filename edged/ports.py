@@ -339,11 +339,14 @@ class Task:
     schema: dict[str, Any] | bool | None = None
 
 
+Stage = Literal["prepare", "decode_images", "encode", "prefill", "token"]
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """A stage moved: `done` of `total` (tokens or frames)."""
 
-    stage: Literal["prepare", "decode_images", "encode", "prefill", "token"]
+    stage: Stage
     done: int
     total: int
     question: int | None = None

@@ -6,11 +6,11 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -40,7 +40,7 @@ from edged.ports import (
 )
 from edged.topics import JOB_ID, NAME
 
-VERSION = 1
+VERSION: Final = 1
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -188,8 +188,19 @@ def shown(name: str) -> str:
 JobId = Annotated[
     str, StringConstraints(pattern=rf"^{JOB_ID.pattern.removesuffix(chr(92) + 'Z')}$")
 ]
+Name = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern.removesuffix(chr(92) + 'Z')}$")]
 Text = Annotated[str, StringConstraints(min_length=1)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+def _given(name: str, **properties: Any) -> dict[str, Any]:
+    """Return in JSON Schema: this field is there and not null, and other fields are like this."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}} | properties}
+
+
+def _one_of(*names: str) -> dict[str, Any]:
+    """Return in JSON Schema: exactly one of these fields is given."""
+    return {"oneOf": [_given(name) for name in names]}
 
 
 class _Request(BaseModel):
@@ -241,7 +252,15 @@ class JsonSchema(BaseModel):
 class ResponseFormat(BaseModel):
     """What the answer must look like."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True,
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {"type": {"const": "text"}, "json_schema": {"type": "null"}}},
+                _given("json_schema", type={"const": "json_schema"}),
+            ]
+        },
+    )  # fmt: skip
 
     type: Literal["text", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -302,6 +321,8 @@ class JobRequest(_Request):
 
 class TextRequest(JobRequest):
     """A request on `request/text`."""
+
+    model_config = ConfigDict(json_schema_extra=_one_of("prompt", "messages"))
 
     prompt: Text | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
@@ -373,7 +394,7 @@ class InlineFrame(BaseModel):
     image: str = Field(description="JPEG or PNG, as base64")
     ts: float | None = Field(None, description="when it was taken: Unix seconds or RFC 3339")
 
-    @field_validator("ts", mode="before")
+    @field_validator("ts", mode="before", json_schema_input_type=float | str | None)
     @classmethod
     def _ts(cls, value: object) -> float | None:
         return None if value is None else moment(value)
@@ -397,9 +418,11 @@ class Window(BaseModel):
 class CameraFrames(BaseModel):
     """Frames of a camera, chosen when the request is accepted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra=_one_of("last", "window")
+    )
 
-    camera: str = Field(pattern=rf"^{NAME.pattern.removesuffix(chr(92) + 'Z')}$")
+    camera: Name
     last: int | None = Field(None, ge=1, description="the newest so many")
     span_s: float | None = Field(
         None, gt=0, le=86400, description='spread "last" evenly over the newest so many seconds'
@@ -429,7 +452,7 @@ class ImageUrl(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    url: str
+    url: str = Field(json_schema_extra={"pattern": "^data:[^,]*;base64,"})
     #: OpenAI's clients send it; edged has one `detail` for the whole request.
     detail: Detail | None = None
 
@@ -500,6 +523,11 @@ Frames = Annotated[
 
 class VisionRequest(JobRequest):
     """A request on `request/vision`."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_one_of("prompt", "messages", "questions")
+        | {"anyOf": [_given("frames"), _given("messages")]}
+    )
 
     prompt: Text | None = None
     messages: Annotated[list[SeeingMessage], Field(min_length=1)] | None = None
@@ -684,10 +712,10 @@ def digest(request: str, body: dict[str, Any]) -> bytes:
 # Events -----------------------------------------------------------------------------------------
 
 
-def encode(body: dict[str, Any]) -> bytes:
-    """Return a payload: UTF-8 JSON, no NaN, no spaces."""
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Return a payload: UTF-8 JSON, no NaN, no spaces; a dataclass is an object of its fields."""
     return json.dumps(
-        body, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+        body, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=asdict
     ).encode()  # fmt: skip
 
 

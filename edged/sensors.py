@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from edged import payloads
 from edged.options import MB
 
 #: All reads of one call together may keep the caller this long, seconds.
@@ -73,7 +74,7 @@ class Sensors:
         # Starting a process takes tens of milliseconds: its answer is told at the next reading.
         self._throttle = _Probe("throttle", self._read_throttle, monotonic, waited_for=False)
 
-    def read(self, *, patience_s: float | None = None) -> dict[str, float | bool | None]:
+    def read(self, *, patience_s: float | None = None) -> payloads.Host:
         """Return the heartbeat's `host`, within PATIENCE_S; None where there is no value.
 
         With `patience_s` it takes that long, if need be, and waits for the slowest probe as well.

@@ -21,11 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import structlog
 
-from edged import protocol
+from edged import payloads, protocol
 from edged.cameras.buffer import Buffers, Full, Ring
 from edged.cameras.frames import read_frame
 from edged.cameras.windows import TooFew, Windows, newest
@@ -266,7 +265,7 @@ class CameraHub:
 
     # How they do
 
-    def heartbeat(self) -> dict[str, dict[str, float | None]]:
+    def heartbeat(self) -> dict[str, payloads.CameraRate]:
         """Return the heartbeat's `cameras`."""
         now = self._clock.monotonic()
         with self._lock:
@@ -404,7 +403,7 @@ def _age(ring: Ring, now: float) -> float | None:
     return None if age is None else round(age, 1)
 
 
-def _status(ring: Ring, now: float, wall: float) -> dict[str, Any]:
+def _status(ring: Ring, now: float, wall: float) -> payloads.CameraStatus:
     return {
         "v": protocol.VERSION,
         "fps": _round(ring.rate.fps(now)),

@@ -15,7 +15,6 @@ from tests.kit.box import Box, Protocol, serve
 from tests.kit.daemon import Daemon
 from tests.kit.mosquitto import Mosquitto
 from tests.kit.observer import Observer, Seen
-from tests.kit.shapes import heartbeat_wrong, info_wrong, status_wrong
 
 pytestmark = pytest.mark.broker
 
@@ -44,7 +43,6 @@ def test_the_status_is_retained_and_complete(box: Box) -> None:
 
     assert status.retain
     assert status.qos == 1
-    assert status_wrong(status.body) == []
     assert status.body["state"] == "ready"
     assert status.body["interval_s"] == INTERVAL_S
     assert abs(status.body["ts"] - time.time()) < 30
@@ -76,7 +74,6 @@ def test_the_heartbeat_is_complete_and_steady(box: Box, observer: Observer) -> N
 
     for beat in beats:
         assert beat.qos == 0
-        assert heartbeat_wrong(beat.body) == []
         assert beat.retain or box.protocol == "3.1.1"  # it shows the flag to newcomers only
     bodies = [beat.body for beat in beats]
     assert [body["seq"] for body in bodies] == list(range(bodies[0]["seq"], bodies[0]["seq"] + 5))
@@ -96,7 +93,6 @@ def test_the_heartbeat_is_retained(box: Box) -> None:
     beat = retained(box, "health")
 
     assert beat.retain
-    assert heartbeat_wrong(beat.body) == []
 
 
 def test_info_is_retained_and_complete(box: Box) -> None:
@@ -105,7 +101,6 @@ def test_info_is_retained_and_complete(box: Box) -> None:
     assert info.retain
     assert info.qos == 1
     assert info.expiry_s is None
-    assert info_wrong(info.body) == []
     assert info.body["capabilities"] == {"text": True, "vision": True, "json_schema": True}
     assert (info.body["model"], info.body["provider"]) == ("small", "cpu")
     limits = info.body["limits"]
@@ -129,7 +124,6 @@ def test_the_heartbeat_shows_the_running_job_and_the_queue(observer: Observer) -
         "health", lambda body: "job" in body and body["job"]["stage"] == "prefill"
     ).body
 
-    assert heartbeat_wrong(beat) == []
     assert (beat["job"]["id"], beat["job"]["client"]) == (running.id, "desk")
     assert beat["job"]["progress_age_s"] < 2
     assert beat["queue"]["depth"] == 3, "the running one is not counted"
@@ -177,7 +171,6 @@ def test_speeds_are_measured(observer: Observer) -> None:
 
     beat = observer.wait_on("health", lambda body: body["speed"]["ttft_ms_p50"] is not None).body
 
-    assert heartbeat_wrong(beat) == []
     assert beat["speed"]["ttft_ms_p50"] > 0
 
 
@@ -245,7 +238,6 @@ def test_killed_it_is_offline_and_lost(
         daemon.kill()
 
         lost = observer.wait_status("offline")
-        assert status_wrong(lost.body) == []
         assert lost.body["reason"] == "lost"
         assert lost.body["instance"] == ready["instance"]
         assert began <= lost.body["ts"] <= ready["ts"], "the time of connecting"
@@ -272,7 +264,6 @@ def test_stopped_it_says_so_before_it_leaves(
         assert daemon.stop() == 0
 
         stopped = observer.wait_status("offline")
-        assert status_wrong(stopped.body) == []
         assert stopped.body["reason"] == "stopped"
         assert stopped.body["instance"] == ready["instance"]
         assert stopped.expiry_s is None
@@ -295,7 +286,6 @@ def test_jobs_are_taken_while_the_model_loads(tmp_path: Path, broker: Mosquitto)
 
         assert not [s for s in observer.on("status") if s.body["state"] == "ready"]
         info = observer.wait_on("info")
-        assert info_wrong(info.body) == []
         assert info.body["capabilities"]["text"] is False
         assert observer.final(name)["text"] == "x"
         ready = observer.wait_status("ready")
@@ -316,8 +306,7 @@ def test_jobs_wait_while_the_model_cannot_be_loaded(tmp_path: Path, broker: Mosq
         assert "no such model" in degraded.body["reason"]
         name = observer.ask("!say x")
         observer.event(name, "accepted")
-        beat = observer.wait_on("health", lambda body: body["state"] == "degraded", after=-1)
-        assert heartbeat_wrong(beat.body) == []
+        observer.wait_on("health", lambda body: body["state"] == "degraded", after=-1)
         waiting = observer.wait_on("health", lambda body: body["queue"]["depth"] == 1)
         assert waiting.body["engine"]["state"] in {"loading", "backoff"}
 
@@ -394,9 +383,8 @@ def test_the_status_is_told_after_every_connect(tmp_path: Path, protocol: Protoc
         box.tool("mosquitto_pub", "-i", "edged-box", "-q", "1", "-t", "elsewhere", "-m", "x")
 
         box.daemon.wait_log("mqtt.connected", client_id="edged-box", count=2)
-        status = observer.wait_status("ready", after=before)
-        assert status_wrong(status.body) == []
-        assert info_wrong(observer.wait_on("info", after=before).body) == []
+        observer.wait_status("ready", after=before)
+        observer.wait_on("info", after=before)
         assert retained(box, "status").body["state"] == "ready"
         assert observer.final(observer.ask("!say x"))["text"] == "x"
 

@@ -12,7 +12,10 @@ meanwhile call them through `asyncio.to_thread` (`async with` does it for start 
 The oracle (`violations`): every accepted job has a final; all finals of a job are byte-equal; no
 event names a job that nobody asked for; every request that was not accepted has a refusal with a
 code; the chunks of the final's attempt, if none is missing, are exactly its text; sha256 is right;
-order holds within a QoS; every event has exactly the fields and the QoS of the contract.
+order holds within a QoS; whatever edged publishes, on any topic, is as `edged schema asyncapi`
+says, and what that says is no request was refused.
+
+What edged published is held to the document at the end of the block even where nothing is judged.
 """
 
 from __future__ import annotations
@@ -37,9 +40,12 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from tests.kit.oracle import Body, Name, Request, Seen, fields_wrong, judge, short
+from tests.kit.document import Document, validator
+from tests.kit.oracle import Body, Name, Request, Seen, judge, sense_wrong, short
 
 __all__ = ["Body", "Name", "Observer", "Request", "Seen"]
+
+JOB_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 #: Seconds a wait lasts before it fails the test.
 PATIENCE_S = 30.0
@@ -87,6 +93,10 @@ class Observer:
         self.expected: set[Name] = set()
         #: How often the broker has confirmed the subscriptions.
         self.subscriptions = 0
+        #: What we published ourselves where edged publishes.
+        self._forged: set[tuple[str, bytes]] = set()
+        self._document = Document(root)
+        self._held: dict[int, list[str]] = {}
         self._five = protocol == "5"
         self._host, self._port = host, port
         self._receive_maximum = receive_maximum
@@ -135,6 +145,9 @@ class Observer:
         self.disconnect()
         if kind is not None:
             print(f"--- the observer saw ---\n{self.story()}")  # noqa: T201
+        else:
+            wrong = self.not_as_documented()
+            assert not wrong, "\n".join(wrong)
 
     async def __aenter__(self) -> Self:
         await asyncio.to_thread(self.connect)
@@ -238,6 +251,8 @@ class Observer:
         topic = topic[1:] if topic.startswith("/") else f"{self.root}/{topic}"
         if isinstance(payload, dict):
             payload = json.dumps(payload)
+        if self._document.is_told(topic):
+            self._forged.add((topic, payload.encode() if isinstance(payload, str) else payload))
         given = None
         if properties:
             given = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
@@ -479,8 +494,11 @@ class Observer:
         without_id = sum(request.name is None for request in self.requests())
         made: set[Name] = set()
         jobs: defaultdict[Name, list[Seen]] = defaultdict(list)
+        found += self.not_as_documented()
+        found += self._not_refused()
         for each in self.events():
-            found += [f"{short(each)}: {wrong}" for wrong in self._wrong(each)]
+            if self._is_edgeds(each) and not self._undocumented(each):
+                found += [f"{short(each)}: {wrong}" for wrong in self._wrong(each)]
             name = each.name
             if name is None:
                 continue
@@ -503,19 +521,57 @@ class Observer:
         assert not wrong, "\n".join(wrong)
 
     def _wrong(self, each: Seen) -> Iterator[str]:
-        """Yield what is wrong with one event, looked at alone."""
-        yield from fields_wrong(each)
-        if each.retain:
-            yield "an event must not be retained"
-        name = each.name
-        if each.topic == f"{self.root}/refused":
-            if each.type != "refused":
-                yield "only refusals go to `refused`"
-        elif each.topic.startswith(f"{self.root}/response/"):
-            if name is None or each.topic != f"{self.root}/response/{name}":
-                yield "it is not on its own response topic"
-        elif each.topic.startswith(f"{self.root}/"):
-            yield "events do not belong here"
+        """Yield what is wrong with one event that is as documented, looked at alone."""
+        yield from sense_wrong(each.body)
+        on = each.topic.removeprefix(f"{self.root}/response/")
+        if on != each.topic and on != str(each.name):
+            yield "it is not on its own response topic"
+
+    def not_as_documented(self) -> list[str]:
+        """Return what is wrong with what edged published, against its own document."""
+        with self._news:
+            seen = list(self.seen)
+        return [f"{short(each)}: {wrong}" for each in seen for wrong in self._undocumented(each)]
+
+    def _undocumented(self, each: Seen) -> list[str]:
+        if each.number not in self._held:
+            self._held[each.number] = list(self._hold_to_document(each))
+        return self._held[each.number]
+
+    def _is_edgeds(self, each: Seen) -> bool:
+        """Return whether our edged published this, and not a client, a test or another device."""
+        if not self._document.is_told(each.topic) or (each.topic, each.payload) in self._forged:
+            return False
+        ours = (f"{self.root}/", f"{self.base}/reply/")
+        return each.topic.startswith(ours) or each.type != ""
+
+    def _hold_to_document(self, each: Seen) -> Iterator[str]:
+        if not self._is_edgeds(each):
+            return
+        yield from self._document.told_wrong(
+            each.topic,
+            each.body,
+            qos=each.qos if self._qos else None,
+            # 3.1.1 shows the flag to newcomers only
+            retain=each.retain if self._five or each.retain else None,
+        )
+
+    def _not_refused(self) -> Iterator[str]:
+        """Yield what the document says is no request, and edged has not refused.
+
+        Those without a usable id are only counted.
+        """
+        wrong: defaultdict[tuple[Name | None, str], dict[str, Request]] = defaultdict(dict)
+        for request in self.requests():
+            if not validator(f"{request.kind}Request").is_valid(request.seen.body):
+                name = request.name
+                usable = name is not None and JOB_ID.fullmatch(name.id)
+                wrong[name if usable else None, request.kind][request.seen.question] = request
+        refused = Counter((e.name, str(e.body.get("request"))) for e in self.events(kind="refused"))
+        for (name, kind), requests in wrong.items():
+            if refused[name, kind] < len(requests):
+                shown = [each.seen.payload[:200] for each in requests.values()]
+                yield f"{len(requests)} of {name} are no {kind} requests: {shown}"
 
     # Telling
 

@@ -5,43 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-#: What a refusal, and what the `error` final of an accepted job may say.
-REFUSALS = frozenset(
-    {
-        "invalid",
-        "too_large",
-        "unsupported",
-        "forbidden_reply",
-        "queue_full",
-        "disk_full",
-        "conflict",
-        "unknown_job",
-        "retained",
-        "no_frames",
-        "memory",
-        "stopping",
-    }
-)
-FINAL_CODES = frozenset(
-    {
-        "too_long",
-        "bad_frame",
-        "memory",
-        "invalid",
-        "unsupported",
-        "expired",
-        "cancelled",
-        "bad_output",
-        "dead",
-        "too_large",
-    }
-)
 
 Body = dict[str, Any]
 
@@ -116,150 +83,30 @@ class Request:
 # One event ----------------------------------------------------------------------------------------
 
 
-def _int(least: int = 0) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
-
-
-def _number(value: Any) -> bool:
-    return type(value) in {int, float} and value >= 0
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _said(value: Any) -> bool:
-    return isinstance(value, str) and 0 < len(value) < 2000 and "Traceback" not in value
-
-
-def _bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _in(*values: str) -> Callable[[Any], bool]:
-    return lambda value: value in values
-
-
-def is_usage(value: Any) -> bool:
-    """Return whether this is a `usage` of the contract."""
-    names = ("prompt_tokens", "image_tokens", "cached_tokens", "completion_tokens")
-    if not isinstance(value, dict) or tuple(sorted(value)) != tuple(sorted(names)):
-        return False
-    prompt, image, cached, _ = (value[name] for name in names)
-    return all(_int()(value[name]) for name in names) and image <= prompt and cached <= prompt
-
-
-def _timings(value: Any) -> bool:
-    names = {
-        "queue_ms", "decode_images_ms", "encode_ms", "prefill_ms", "ttft_ms", "generate_ms",
-        "tokens_per_second",
-    }  # fmt: skip
-    return isinstance(value, dict) and set(value) == names and all(map(_number, value.values()))
-
-
-def _answers(value: Any) -> bool:
-    names = {"text", "finish_reason", "usage"}
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(set(each) - {"json"} == names and is_usage(each["usage"]) for each in value)
-    )
-
-
-def _frames(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {"used", "dropped"}:
-        return False
-    used, dropped = value["used"], value["dropped"]
-    indexes = [each["index"] for each in (*used, *dropped)]
-    return (
-        bool(used)
-        and sorted(indexes) == list(range(len(indexes)))
-        and [each["index"] for each in used] == sorted(each["index"] for each in used)
-        and all(
-            set(each) == {"index", "ts", "tokens", "crops"}
-            and (each["ts"] is None or type(each["ts"]) in {int, float})
-            and _int(1)(each["tokens"])
-            and _int(1)(each["crops"])
-            for each in used
-        )
-        and all(set(each) == {"index", "reason"} and _said(each["reason"]) for each in dropped)
-    )
-
-
-_FINISH = _in("stop", "length", "stop_string")
-_ERROR: dict[str, Callable[[Any], bool]] = {"code": _text, "message": _said, "retryable": _bool}
-_RETRY: dict[str, Callable[[Any], bool]] = {"retry_after_s": _number}
-_Fields = dict[str, Callable[[Any], bool]]
-#: type -> QoS, fields that must be there, fields that may be.
-_SHAPES: dict[str, tuple[int, _Fields, _Fields]] = {
-    "accepted": (1, {"position": _int(), "durable": _bool}, {"eta_s": _number}),
-    "started": (1, {"attempt": _int(1), "queue_ms": _number}, {}),
-    "progress": (
-        0,
-        {
-            "attempt": _int(1), "stage": _in("decode_images", "encode", "prefill"),
-            "done": _int(), "total": _int(),
-        },
-        {"question": _int()},
-    ),
-    "chunk": (0, {"attempt": _int(1), "seq": _int(), "delta": _text}, {"question": _int()}),
-    "result": (
-        1,
-        {
-            "usage": is_usage, "timings": _timings, "attempt": _int(1), "model": _text,
-            "sha256": lambda value: re.fullmatch("[0-9a-f]{64}", value) is not None,
-        },
-        {
-            "text": _text, "finish_reason": _FINISH, "json": lambda _: True, "answers": _answers,
-            "frames": _frames,
-        },
-    ),
-    "error": (1, _ERROR, _RETRY),
-    "refused": (
-        1,
-        {**_ERROR, "request": _in("text", "vision", "cancel")},
-        {"id": _text, **_RETRY},
-    ),
-}  # fmt: skip
-
-
-def fields_wrong(each: Seen) -> Iterator[str]:
-    body = each.body
-    if each.type not in _SHAPES:
-        yield f"there is no type {each.type!r}"
-        return
-    qos, must, may = _SHAPES[each.type]
-    if each.qos != qos:
-        yield f"QoS {each.qos}, it must be {qos}"
-    must = {"v": lambda v: v == 1 and type(v) is int, "type": _text, **must}
-    if each.type != "refused":
-        must["id"] = _text
-    may = {"client": _text, **may}
-    yield from (f"{name} is missing" for name in must if name not in body)
-    for name, value in body.items():
-        fits = must.get(name) or may.get(name)
-        if fits is None:
-            yield f"unknown field {name}"
-        elif not fits(value):
-            yield f"{name} is {value!r}"
-    code = body.get("code")
-    if each.type == "error" and code not in FINAL_CODES:
-        yield f"no final has the code {code}"
-    if each.type == "refused" and code not in REFUSALS:
-        yield f"no refusal has the code {code}"
-    if each.type == "result":
+def sense_wrong(body: Body) -> Iterator[str]:
+    """Yield what is wrong with an event that has the right fields."""
+    if "Traceback" in body.get("message", "") or len(body.get("message", "")) >= 2000:
+        yield f"the message is for nobody: {body['message'][:80]!r}"
+    if body["type"] == "result":
         yield from _result_wrong(body)
 
 
 def _result_wrong(body: Body) -> Iterator[str]:
-    if ("answers" in body) == ("text" in body):
-        yield "either `text` or `answers`"
-        return
-    if ("text" in body) != ("finish_reason" in body):
-        yield "`finish_reason` belongs to `text`"
-    text = "\n".join(a["text"] for a in body["answers"]) if "answers" in body else body["text"]
-    if hashlib.sha256(text.encode()).hexdigest() != body.get("sha256"):
+    answers = body.get("answers", [body])
+    text = "\n".join(answer["text"] for answer in answers)
+    if hashlib.sha256(text.encode()).hexdigest() != body["sha256"]:
         yield "sha256 is wrong"
+    for usage in (body["usage"], *(answer["usage"] for answer in answers)):
+        least, prompt = min(usage.values()), usage["prompt_tokens"]
+        if least < 0 or max(usage["image_tokens"], usage["cached_tokens"]) > prompt:
+            yield f"usage is {usage}"
+    frames = body.get("frames", {"used": [], "dropped": []})
+    used = [frame["index"] for frame in frames["used"]]
+    dropped = [frame["index"] for frame in frames["dropped"]]
+    if used != sorted(used) or sorted(used + dropped) != list(range(len(used + dropped))):
+        yield f"frames are {frames}"
+    if any(len(frame["reason"]) == 0 for frame in frames["dropped"]):
+        yield f"frames are dropped without a reason: {frames['dropped']}"
 
 
 # One job ------------------------------------------------------------------------------------------

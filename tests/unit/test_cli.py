@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import structlog
 
-from edged import __version__, app, ask, check, cli, demo, findings, log, top
+from edged import __version__, app, ask, asyncapi, check, cli, demo, findings, log, top
 from edged.errors import BrokerUnreachable, ConfigError, EdgedError
 from edged.options import entries
 from edged.selftest import run as selftest
@@ -95,7 +95,9 @@ def test_runs_as_a_module() -> None:
         (("ask", "What?", "--timeout", "nan"), "above 0"),
         (("ask", "What?", "--timeout", "soon"), "above 0"),
         (("ask", "What?", "--schema", "/nowhere"), "cannot be read"),
-        (("schema", "asyncapi"), "invalid choice"),
+        (("schema",), "WHAT"),
+        (("schema", "mqtt"), "invalid choice"),
+        (("schema", "asyncapi", "--format", "toml"), "invalid choice"),
         (("demo", "--broker", "hive"), "invalid choice"),
     ],
 )
@@ -221,3 +223,10 @@ def test_schema_config_in_three_forms(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["schema", "config", "--format", "markdown"]) == 0
     shown = capsys.readouterr().out
     assert all(f"`{name}`" in shown for name in entries())
+
+
+def test_schema_asyncapi_in_two_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema", "asyncapi"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(asyncapi.document()))
+    assert cli.main(["schema", "asyncapi", "--format", "markdown"]) == 0
+    assert capsys.readouterr().out == asyncapi.topics_markdown()

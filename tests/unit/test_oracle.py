@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -73,6 +74,13 @@ class Story:
         return "\n".join(self.observer.violations(crashed=crashed))
 
 
+def frames(used: list[int], dropped: Sequence[int] = ()) -> dict[str, Any]:
+    return {
+        "used": [{"index": index, "ts": None, "tokens": 313, "crops": 1} for index in used],
+        "dropped": [{"index": index, "reason": "alike"} for index in dropped],
+    }
+
+
 def good() -> Story:
     return Story().asked().accepted().started().chunk(0, "a").chunk(1, " b").result()
 
@@ -101,18 +109,32 @@ def test_a_good_story_has_nothing_wrong() -> None:
         (Story().asked().accepted().started().chunk(0, "x").chunk(1, " b").result(), "the chunks"),
         (Story().asked().accepted().started().chunk(1, " b").chunk(0, "a").result(), "[(1, 1), "),
         (Story().asked().accepted().started().result(sha256="0" * 64), "sha256"),
-        (Story().asked().accepted().started().result(extra=1), "unknown field extra"),
-        (Story().asked().accepted(durable="yes").started().result(), "durable is 'yes'"),
-        (Story().asked().accepted(position=True).started().result(), "position is True"),
+        (Story().asked().accepted().started().result(extra=1), "'extra' was unexpected"),
+        (
+            Story().asked().accepted(durable="yes").started().result(),
+            "durable: 'yes' is not of type 'boolean'",
+        ),
+        (
+            Story().asked().accepted(position=True).started().result(),
+            "position: True is not of type 'integer'",
+        ),
         (good().told("chunk", qos=1, attempt=1, seq=2, delta=""), "QoS 1, it must be 0"),
         (good().told("told"), "no type 'told'"),
-        (Story().asked().refused(code="why"), "no refusal has the code"),
-        (Story().asked().refused(code="expired"), "no refusal has the code"),
-        (Story().asked().refused(message="Traceback (most recent"), "message is"),
+        (Story().asked().refused(code="why"), "code: 'why' is not one of"),
+        (Story().asked().refused(code="expired"), "code: 'expired' is not one of"),
+        (Story().asked().refused(message="Traceback (most recent"), "is for nobody"),
         (Story().asked().refused("edged/box/response/j2"), "not on its own"),
-        (Story().asked().refused("edged/box/status"), "do not belong"),
-        (good().add("edged/box/refused", {"v": 1, "type": "accepted"}), "only refusals"),
-        (Story().asked().told("refused", retryable=1), "retryable is 1"),
+        (Story().asked().refused("edged/box/status"), "unexpected"),
+        (good().add("edged/box/refused", {"v": 1, "type": "accepted"}), "'refused' was expected"),
+        (Story().asked().told("refused", retryable=1), "retryable: 1 is not of type 'boolean'"),
+        (Story().asked().refused("edged/box/elsewhere"), "no channel has this topic"),
+        (good().result(usage={**USAGE, "cached_tokens": 4}), "usage is"),
+        (good().result(usage={**USAGE, "image_tokens": -1}), "usage is"),
+        (good().result(frames=frames([1, 0])), "frames are"),
+        (good().result(frames=frames([0], [2])), "frames are"),
+        (good().result(answers=[]), "answers: [] should be non-empty"),
+        (Story().asked(stop=[]).accepted().started().result(), "are no text requests"),
+        (Story().asked("vision").accepted().started().result(), "are no vision requests"),
     ],
 )
 def test_each_wrong_is_found(story: Story, says: str) -> None:
@@ -126,6 +148,31 @@ def test_a_crash_excuses_what_lived_in_memory_and_nothing_else() -> None:
     assert "finals differ" in good().result("other").wrong(crashed=True)
     assert "has no final" in Story().asked().accepted().wrong(crashed=True)
     assert "the chunks" in Story().asked().chunk(0, "x").result().wrong(crashed=True)
+
+
+STATUS = {
+    "v": 1, "state": "ready", "instance": "0" * 32, "reason": "well", "ts": 1.7e9,
+    "clock_synced": True, "interval_s": 10.0,
+}  # fmt: skip
+
+
+def test_what_is_retained_is_held_to_the_document() -> None:
+    def wrong(body: Any, *, qos: int = 1, retain: bool = True) -> str:
+        return Story().add("edged/box/status", body, qos=qos, retain=retain).wrong()
+
+    assert wrong(STATUS) == ""
+    assert "'more' was unexpected" in wrong({**STATUS, "more": 1})
+    assert "'reason' is a required property" in wrong({k: STATUS[k] for k in list(STATUS)[:3]})
+    assert "state: 'well' is not one of" in wrong({**STATUS, "state": "well"})
+    assert "required property" in wrong(b"nonsense")
+    assert "QoS 0, it must be 1" in wrong(STATUS, qos=0)
+    assert "it must be retained" in wrong(STATUS, retain=False)
+
+
+def test_what_is_wrong_fails_at_the_end_though_nobody_judges() -> None:
+    story = Story().add("edged/box/status", {**STATUS, "more": 1}, retain=True)
+    with pytest.raises(AssertionError, match="unexpected"):
+        story.observer.__exit__(None, None, None)
 
 
 def test_a_gap_in_the_chunks_is_no_fault() -> None:
