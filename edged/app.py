@@ -98,7 +98,7 @@ class App:
             frames_bytes=int(settings.state.frames_mb * MB),
             trace=trace,
         )
-        self.scheduler = Scheduler(limits.queue, self.speed)
+        self.scheduler = Scheduler(limits.queue, self.speed, self._sensors.trouble)
         self.outbox = Outbox(
             bus, self.journal, self._background, replaced=self.totals.replaced, trace=trace
         )
