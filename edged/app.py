@@ -50,6 +50,8 @@ HISTORY, HISTORY_S = "engine.history", 900.0
 FINAL_BYTES, FINAL_BYTES_A_TOKEN = 16_384, 32
 #: How long a stop waits for each thing that should take no time, seconds.
 PATIENCE_S = 3.0
+#: All that together, and the engine's end, at most; systemd is asked for it beside `state.stop_s`.
+STOP_S = 40.0
 
 log = structlog.get_logger()
 
@@ -97,7 +99,7 @@ class App:
             frames_bytes=int(settings.state.frames_mb * MB),
             trace=trace,
         )
-        self.scheduler = Scheduler(limits.queue, self.speed)
+        self.scheduler = Scheduler(limits.queue, self.speed, self._sensors.trouble)
         self.outbox = Outbox(
             bus, self.journal, self._background, replaced=self.totals.replaced, trace=trace
         )
@@ -305,6 +307,7 @@ class App:
     async def _shut_down(self) -> None:
         log.info("edged.stopping", running=self.dispatcher.current is not None)
         self._notifier.stopping()
+        self._notifier.extend_timeout(self.settings.state.stop_s + STOP_S)
         self.intake.stopping = True
         self.health.stop()
         await self.cameras.close()  # jobs have their frames already

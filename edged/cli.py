@@ -280,10 +280,13 @@ def _settings(arguments: argparse.Namespace, *, as_client: bool = False) -> Sett
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    import faulthandler
+
     from edged import app, log
 
     settings = _settings(arguments)
     log.configure(settings.log)
+    faulthandler.enable()  # the watchdog's SIGABRT then says where each thread was
     return app.main(settings)
 
 

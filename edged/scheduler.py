@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,19 @@ class Scheduler:
     Order: higher `priority` first; within a priority the client that has had the least engine time;
     within a client the oldest. Engine time is counted as in start-time fair queueing (Goyal 1996):
     a client that comes back after a pause starts level with the others and has saved up nothing.
+
+    Args:
+        limit: how many jobs may wait.
+        speed: what jobs took here.
+        trouble: tells why the box should be spared, if it should; then half as many may wait.
     """
 
-    def __init__(self, limit: int, speed: Speed) -> None:
+    def __init__(
+        self, limit: int, speed: Speed, trouble: Callable[[], str | None] = lambda: None
+    ) -> None:
         self._limit = limit
         self._speed = speed
+        self._trouble = trouble
         self._jobs: dict[Key, Job] = {}
         #: priority -> client -> waiting jobs, oldest first
         self._lines: defaultdict[int, dict[str | None, list[Job]]] = defaultdict(dict)
@@ -54,13 +62,16 @@ class Scheduler:
             Refused: `queue_full`; with the time after which a place is likely.
         """
         taken, held = len(self._jobs) + self._promised, self._held.get(client, 0)
-        spare = self._limit // RESERVED_ONE_IN
-        if taken >= (self._limit if held < spare else self._limit - spare):
+        trouble = self._trouble()
+        limit = self._limit if trouble is None else max(1, self._limit // 2)
+        spare = limit // RESERVED_ONE_IN
+        if taken >= (limit if held < spare else limit - spare):
             typical = self._speed.typical_s()
+            half = f" now, because {trouble}" if trouble else ""
             kept = f", {spare} of them kept for clients with few jobs" if spare else ""
             raise Refused(
                 Code.QUEUE_FULL,
-                f"{taken} jobs wait, {held} of them yours; the queue takes {self._limit}{kept}. "
+                f"{taken} jobs wait, {held} of them yours; the queue takes {limit}{half}{kept}. "
                 "Send it again later",
                 retry_after_s=round(typical, 1) if typical else 10.0,
             )

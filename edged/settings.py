@@ -252,8 +252,15 @@ class _Credentials(_Source):
         folder = self.texts.get("CREDENTIALS_DIRECTORY")
         for entry in _identity_files() if folder else ():
             path = Path(f"{folder}/{entry.section}-{entry.key.removesuffix('_file')}")
-            if path.is_file():
+            if path.is_file() and not _is_absent(path):
                 yield entry.name, str(path), f"credential {path}"
+
+
+def _is_absent(path: Path) -> bool:
+    """Return whether a credential is what the unit falls back to where there is no file: a NUL."""
+    with suppress(OSError):  # said later, with what it is for
+        return path.read_bytes() == b"\0"
+    return False
 
 
 class _Toml(_Source):

@@ -6,16 +6,12 @@ import asyncio
 import itertools
 import os
 import signal
-import socket
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -24,6 +20,7 @@ from tests.kit.chaos import ChaosProxy
 from tests.kit.daemon import Daemon
 from tests.kit.mosquitto import Mosquitto
 from tests.kit.observer import Name, Observer
+from tests.kit.supervisor import NotifySocket
 
 QUICK = ("--reconnect", "0.2", "--backoff", "0.1")
 
@@ -100,74 +97,14 @@ def test_exceptions_elsewhere_end_the_daemon_and_the_next_start_goes_on(
 # F34 --------------------------------------------------------------------------------------------
 
 
-class ServiceManager:
-    """The end of NOTIFY_SOCKET where systemd would listen."""
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / "notify"
-        self.said: list[tuple[float, str]] = []
-        self._news = threading.Condition()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(self.path))
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._socket.close()
-        if kind is not None:
-            print(*self.said, sep="\n")  # noqa: T201
-
-    def _listen(self) -> None:
-        while data := self._socket.recv(4096):
-            with self._news:
-                self.said += [(time.monotonic(), line) for line in data.decode().splitlines()]
-                self._news.notify_all()
-
-    def env(self, watchdog_s: float | None = None) -> dict[str, str]:
-        given = {"NOTIFY_SOCKET": str(self.path)}
-        if watchdog_s is not None:
-            given["WATCHDOG_USEC"] = str(int(watchdog_s * 1e6))
-        return given
-
-    def lines(self) -> list[str]:
-        with self._news:
-            return [line for _, line in self.said]
-
-    def wait(self, look: Callable[[], bool], what: str, timeout_s: float = 20.0) -> None:
-        with self._news:
-            assert self._news.wait_for(look, timeout_s), f"{what}: {self.said}"
-
-    def wait_silence(self, watchdog_s: float, timeout_s: float = 20.0) -> None:
-        """Wait as systemd does: until no WATCHDOG=1 has come for so long."""
-        until = time.monotonic() + timeout_s
-        with self._news:
-            while True:
-                fed = max((at for at, line in self.said if line == "WATCHDOG=1"), default=0.0)
-                left = fed + watchdog_s - time.monotonic()
-                if fed and left <= 0:
-                    return
-                assert time.monotonic() < until, "the watchdog is fed all the same"
-                self._news.wait(max(0.01, left))
-
-
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[ServiceManager]:
-    with ServiceManager(tmp_path) as manager:
+def manager(tmp_path: Path) -> Iterator[NotifySocket]:
+    with NotifySocket(tmp_path) as manager:
         yield manager
 
 
 def test_systemd_is_told_each_step_of_a_life(
-    tmp_path: Path, broker: Mosquitto, observer: Observer, manager: ServiceManager
+    tmp_path: Path, broker: Mosquitto, observer: Observer, manager: NotifySocket
 ) -> None:
     options = (
         "--engine-option=--slow-load=1.5",
@@ -189,7 +126,7 @@ def test_systemd_is_told_each_step_of_a_life(
         assert manager.lines().count("READY=1") == 1
 
 
-def test_ready_waits_for_the_broker(tmp_path: Path, manager: ServiceManager) -> None:
+def test_ready_waits_for_the_broker(tmp_path: Path, manager: NotifySocket) -> None:
     with Daemon(tmp_path, 1, options=("--reconnect", "0.1"), env=manager.env()) as daemon:
         daemon.wait_log("engine.loaded")
         daemon.wait_log("mqtt.disconnected", client_id="edged-box")
@@ -199,52 +136,8 @@ def test_ready_waits_for_the_broker(tmp_path: Path, manager: ServiceManager) -> 
         assert "READY=1" not in manager.lines()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        ("--stall-at", "on_receive:1=60"),
-        (
-            "--stall-at", "in_accept_txn:1=60",
-            "--constant", "edged.health.JOURNAL_STUCK_S=0.5",
-        ),
-        ("--stall-at", "mqtt.on_message:2=60", "--constant", "edged.mqtt._SLACK_S=0.5"),
-    ],
-    ids=["event loop", "journal", "network"],
-)  # fmt: skip
-def test_a_stuck_part_starves_the_watchdog_and_no_job_is_lost(
-    fault: tuple[str, ...],
-    tmp_path: Path,
-    broker: Mosquitto,
-    observer: Observer,
-    manager: ServiceManager,
-) -> None:
-    with Daemon(tmp_path, broker.port, options=fault, env=manager.env(1.0)) as daemon:
-        daemon.wait_ready()
-        manager.wait(lambda: [x for _, x in manager.said].count("WATCHDOG=1") >= 2, "the watchdog")
-        name = observer.ask("!say survived")
-        manager.wait_silence(1.0)
-        daemon.signal(signal.SIGABRT)  # what systemd does then
-        assert daemon.wait_exit() == -signal.SIGABRT
-        daemon.options = ()
-        daemon.start()
-        assert observer.final(name)["text"] == "survived"
-        observer.check(crashed=True)
-
-
-def test_a_stopped_process_starves_the_watchdog(
-    tmp_path: Path, broker: Mosquitto, manager: ServiceManager
-) -> None:
-    with Daemon(tmp_path, broker.port, env=manager.env(0.6)) as daemon:
-        daemon.wait_ready()
-        daemon.signal(signal.SIGSTOP)
-        manager.wait_silence(0.6)
-        daemon.signal(signal.SIGCONT)
-        fed = manager.lines().count("WATCHDOG=1")
-        manager.wait(lambda: [x for _, x in manager.said].count("WATCHDOG=1") > fed, "it again")
-
-
 def test_an_engine_that_hangs_is_killed_and_the_watchdog_is_fed(
-    tmp_path: Path, broker: Mosquitto, observer: Observer, manager: ServiceManager
+    tmp_path: Path, broker: Mosquitto, observer: Observer, manager: NotifySocket
 ) -> None:
     options = ("--stage-floor", "1", "--backoff", "0.1")
     with Daemon(tmp_path, broker.port, options=options, env=manager.env(1.0)) as daemon:
@@ -290,6 +183,25 @@ def test_no_live_status_outlives_a_device_that_died_with_its_broker(
         broker.start()
         while (status := retained(broker.port)) is not None and status["state"] != "offline":
             assert time.monotonic() - died < 3 * BEAT + 2, "stale"  # whole seconds at the broker
+
+
+def test_after_a_restart_of_the_broker_the_status_is_right(
+    tmp_path: Path, make_broker: MakeBroker
+) -> None:
+    broker = make_broker()  # it forgets what it retained
+    settings = {"health": {"interval_s": BEAT}}
+    with Daemon(tmp_path, broker.port, settings=settings, options=QUICK) as daemon:
+        daemon.wait_ready()
+        broker.kill()
+        daemon.wait_state("degraded")
+        broker.start()
+        with Observer(broker.port) as observer:
+            for _ in range(3):
+                observer.wait_on("health", after=observer.last)
+        status = retained(broker.port)
+        assert status is not None
+        assert status["state"] == "ready"
+        assert status["instance"] == daemon.log("edged.starting")[-1]["instance"]
 
 
 def test_after_a_clean_stop_the_status_is_offline(tmp_path: Path, broker: Mosquitto) -> None:

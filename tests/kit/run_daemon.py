@@ -21,6 +21,7 @@ first group may be repeated. `--trace-log` shows which labels there are.
     --constant MODULE.NAME=NUMBER  put this number in the place of a module's constant
     --wall-offset FILE             seconds to add to the wall clock, read at each look
     --unsynced                     the wall clock is not to be believed
+    --box DIR                      what the probes take for /; DIR/vcgencmd is the tool
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from edged.engine.restarts import Backoff
 from edged.errors import EdgedError
 from edged.jobs import Stamp
 from edged.mqtt import MqttBus, Patience
+from edged.sensors import Sensors
 from edged.settings import load
 
 
@@ -132,6 +134,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(name, type=float)
     parser.add_argument("--wall-offset", type=Path)
     parser.add_argument("--unsynced", action="store_true")
+    parser.add_argument("--box", type=Path)
     return parser.parse_args(argv)
 
 
@@ -179,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         parts["engine_command"] = faulty_command(*options.engine_option)
     if options.wall_offset is not None or options.unsynced:
         parts["clock"] = WrongClock(options.wall_offset, synced=not options.unsynced)
+    sensors: Callable[..., Sensors] = Sensors
+    if (box := options.box) is not None:
+        sensors = partial(Sensors, root=box, vcgencmd=str(box / "vcgencmd"))
     try:
         settings = load(options.config, environ={})
         log.configure(settings.log)
@@ -186,6 +192,7 @@ def main(argv: list[str] | None = None) -> int:
             ExitStack() as patches,
             mock.patch.object(app, "EngineHost", partial(EngineHost, **_engine_options(options))),
             mock.patch.object(app, "MqttBus", partial(MqttBus, **bus_options)),
+            mock.patch.object(app, "Sensors", sensors),
         ):
             _constants(options, patches)
             return app.main(settings, **parts)

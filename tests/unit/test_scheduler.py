@@ -53,6 +53,29 @@ def test_higher_priority_first_whoever_asks() -> None:
     assert drain(scheduler) == [2, 4, 1, 3]
 
 
+def test_a_box_in_trouble_lets_half_as_many_wait() -> None:
+    trouble: str | None = None
+    scheduler = Scheduler(5, Speed(), lambda: trouble)
+    scheduler.reserve("a")
+    scheduler.reserve("b")
+    trouble = "the box is hot: 90 °C"
+    with pytest.raises(Refused, match="takes 2 now, because the box is hot: 90 °C") as caught:
+        scheduler.reserve("c")
+    assert caught.value.code is Code.QUEUE_FULL
+    scheduler.give_up("b")
+    scheduler.reserve("c")
+    trouble = None
+    for _ in range(3):
+        scheduler.reserve("d")
+
+
+def test_a_box_in_trouble_takes_one_job_at_least() -> None:
+    scheduler = Scheduler(1, Speed(), lambda: "it is hot")
+    scheduler.reserve(None)
+    with pytest.raises(Refused):
+        scheduler.reserve(None)
+
+
 def test_a_chatty_client_does_not_starve_others() -> None:
     scheduler = queue(*(job(n, "chatty") for n in range(1, 21)), job(21, "quiet"), job(22, "quiet"))
     order = drain(scheduler)

@@ -465,6 +465,14 @@ def test_a_bad_credential_is_named(mistakes: Any, tmp_path: Path) -> None:
     assert found.startswith(f"mqtt.password_file (credential {tmp_path}/mqtt-password): ")
 
 
+def test_a_credential_that_only_the_unit_gives_is_absent(read: Any, tmp_path: Path) -> None:
+    for name in ("mqtt-password", "mqtt-ca", "mqtt-cert", "mqtt-key", "cameras-password"):
+        (tmp_path / name).write_bytes(b"\0")
+    settings = read("", environ={"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert settings.mqtt == read("").mqtt
+    assert settings.cameras.password_file is None
+
+
 # The file itself
 
 
