@@ -16,14 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from edged.options import MB
 from edged.settings import Settings, packet_bytes
 from tests.kit.daemon import ROOT, Daemon
 from tests.kit.frames import digests, marked
@@ -53,7 +51,8 @@ include_dir /etc/mosquitto/conf.d
 
 #: How deploy/brokers/README.md makes a user out of another's block.
 COPY_A_BLOCK = (
-    r"sed -n '/^user {old}\(-cameras\)*$/,/^$/p' acl | sed 's/{old}/{new}/g' > new; cat new >> acl"
+    r"""printf '%s\n\n' "$(sed -n '/^user {old}\(-cameras\)*$/,/^$/p' acl"""
+    """ | sed 's/{old}/{new}/g')" >> acl"""
 )
 
 #: Users that are made from a block of the ACL file.
@@ -260,9 +259,15 @@ def test_a_will_on_anothers_topic_does_not_arrive(broker: Shipped) -> None:
             with subprocess.Popen(command) as client:
                 until(partial(logged, broker, "as gate ", number), "the client")
                 client.kill()
-            until(partial(logged, broker, "Client gate closed", number), "its end")
+            until(partial(logged, broker, "Client gate ", number), "its end")
         operator.wait(lambda: bool(operator.seen), "the will on its own topic")
         assert [each.topic for each in operator.seen] == ["edged/gate/status"]
+
+
+def test_the_readme_says_how_a_user_is_copied() -> None:
+    assert (
+        f"\n{COPY_A_BLOCK.format(old='door', new='gate')}\n" in (SHIPPED / "README.md").read_text()
+    )
 
 
 # Sessions ---------------------------------------------------------------------------------------
@@ -309,7 +314,7 @@ def test_the_lines_for_all_clients(broker: Shipped) -> None:
     """Uncommented, they let every user ask in its own name; a reload is enough."""
     with observe(broker, "hall", "#") as hall, observe(broker, "door") as box:
         assert hall.send("/edged/gate/request/text/hall", b"") == 0
-        rest, lines = broker.acl.read_text().split("\n#pattern", 1)
+        _, lines = broker.acl.read_text().split("\n#pattern", 1)
         broker.acl.write_text(f"pattern{lines}".replace("#pattern", "pattern"))
         os.kill(broker.pid, signal.SIGHUP)
         until(lambda: box.send("status", b"", wait=True) == DENIED, "the blocks to be gone")
