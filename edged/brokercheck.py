@@ -66,6 +66,12 @@ class Identity:
         """Whether the broker cannot know who this is."""
         return self.username is None and self.cert is None
 
+    def may_be(self, other: Identity) -> bool:
+        """Return whether a broker, which goes by one or the other, may take both for one user."""
+        return (self.username is not None and self.username == other.username) or (
+            self.cert is not None and self.cert == other.cert
+        )
+
 
 def identity(name: str, group: Mqtt | Client | Cameras) -> Identity:
     """Return the identity that a group of settings describes."""
@@ -110,7 +116,7 @@ def check_broker(settings: Settings, *, now: Callable[[], float] = time.time) ->
         others.insert(0, (_camera_identity(settings), topics.camera_frames))
     for other, topic in others:
         # Where the user name is the client id, the daemon's own must not start clean.
-        same = other.username is None or other.username == mqtt.username
+        same = other.may_be(identity("mqtt", mqtt))
         if (topic or not other.anonymous) and not (taken and same):
             yield from _check_other(settings, other, topic)
     yield ok(
@@ -374,13 +380,16 @@ def _check_daemon(settings: Settings, who: Identity) -> Generator[Finding, None,
         yield _refusal(settings, who, error)
         return None
     name = f"as {who.username}" if who.username else "without a user name"
+    if who.username is None and who.cert is not None:
+        name = "by a certificate"
     yield ok(AREA, "mqtt", f"the broker takes MQTT {protocol} {name}")
     taken = False
     try:
         yield from _limits(settings, first)
         topics = Topics(settings.mqtt.base_topic, settings.device)
         objection = first.subscribe(topics.status)
-        if objection:
+        # Where the client id is the user, a running daemon takes its place back at any moment.
+        if objection and not (first.session_present and first.gone):
             yield failed(
                 AREA,
                 "subscribe",

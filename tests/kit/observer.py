@@ -61,7 +61,7 @@ class Observer:
         root: the device's root.
         protocol: "5" or "3.1.1".
         client_id: absent: a fresh one.
-        host, username, password, ca: for the broker.
+        host, username, password, ca, cert, key: for the broker.
         filters: more to subscribe to, or (with `only`) all there is to subscribe to.
         only: leave the default filters out.
         qos: to subscribe with.
@@ -80,6 +80,8 @@ class Observer:
         username: str | None = None,
         password: str | None = None,
         ca: str | None = None,
+        cert: str | None = None,
+        key: str | None = None,
         filters: Iterable[str] = (),
         only: bool = False,
         qos: int = 1,
@@ -121,7 +123,7 @@ class Observer:
         client.max_inflight_messages_set(100)
         client.reconnect_delay_set(1, 1)
         if ca is not None:
-            client.tls_set(ca)
+            client.tls_set(ca, cert, key)
         if username is not None:
             client.username_pw_set(username, password)
         client.on_socket_open = _send_at_once
