@@ -77,10 +77,10 @@ base=localhost/debian-arm64:12
 
 scratch=$(mktemp --directory)
 container=
-daemon=
+first=
 broker=
 clean() {
-    [ -z "$daemon" ] || pkill -KILL --parent "$daemon" || true  # unshare, and with it all inside
+    [ -z "$first" ] || kill -KILL "$first" 2>/dev/null || true  # and with process 1 all inside
     [ -z "$broker" ] || kill "$broker" 2>/dev/null || true
     [ -z "$container" ] || buildah rm "$container" >/dev/null || true
     rm -rf --one-file-system "$scratch"
@@ -257,19 +257,21 @@ await() {  # await SECONDS WHAT COMMAND…: until it succeeds
 begin=$(date +%s%N)
 inside "${entrypoint[@]}" "${command[@]}" >"$log" 2>&1 &
 daemon=$!
+until first=$(pgrep --parent "$(pgrep --parent "$daemon")"); do
+    kill -0 "$daemon" 2>/dev/null || { cat "$log" >&2 && fail "it did not start"; }
+done
 await 600 ready grep -q '"state": "ready"' "$log"
 start_ms=$((($(date +%s%N) - begin) / 1000000))
 echo "ready after $start_ms ms, emulated"
-inside "${healthcheck[@]}" | head -n 1
+inside "${healthcheck[@]}" | sed -n 1p
 env "${settings[@]}" PYTHONPATH="$PWD" "$python" -m edged ask --max-tokens 16 "What is at the gate?"
 
 say "stopping"
-first=$(pgrep --parent "$(pgrep --parent "$daemon")")
 echo "process 1 is $(ps --no-headers -o comm "$first")"
 kill -TERM "$first"
 status=0
 wait "$daemon" || status=$?
-daemon=
+first=
 tail -n 1 "$log"
 [ "$status" = 0 ] || fail "edged ended with $status on SIGTERM"
 

@@ -81,7 +81,7 @@ setting() {  # setting NAME…: pip's setting of the first of these names, envir
     local name
     for name; do
         sed -n "s/^:env:\.$name='\(.*\)'\$/\1/p; s/^[a-z]*\.$name='\(.*\)'\$/\1/p" <"$secrets/all"
-    done | head -n 1
+    done | sed -n 1p
 }
 python3 -m pip config list >"$secrets/all" 2>/dev/null || true
 {
