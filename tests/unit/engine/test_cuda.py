@@ -6,12 +6,15 @@ import importlib.machinery
 import importlib.util
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from edged.engine import cuda
 from edged.engine.cuda import MACHINE, PTX, compute_capability, kernels, meaning, unfit
+from edged.engine.loading import SetupError
+from edged.models.folder import ModelError
 
 Kernel = tuple[int, int]
 
@@ -186,3 +189,11 @@ def test_an_error_about_this_box_is_explained(text: str, says: str, helps: str) 
 
 def test_an_error_about_the_model_is_left_to_others() -> None:
     assert meaning("Load model from model.onnx failed: Protobuf parsing failed.") is None
+
+
+def test_a_box_that_cannot_is_not_taken_for_a_bad_model() -> None:
+    genai = pytest.importorskip("edged.engine.genai")
+    folder = SimpleNamespace(path="/models/phi")
+    error = RuntimeError("Failed to load library: libcudart.so.13: cannot open shared object file")
+    assert isinstance(genai._refused(folder, "cuda", error), SetupError)
+    assert isinstance(genai._refused(folder, "cpu", error), ModelError)
