@@ -111,8 +111,8 @@ case $with in
     buildah)
         [ -n "$local" ] || buildah pull --quiet --arch arm64 "$base" >/dev/null
         digest=$(buildah inspect --type image --format '{{.FromImageDigest}}' "$base")
-        # OCI's own format has no health check
-        options+=(--format docker --arch arm64 --pull-never)
+        # OCI's own format has no health check; layers: a build that was broken off goes on where it was
+        options+=(--format docker --layers --arch arm64 --pull-never)
         ;;
 esac
 options+=(
