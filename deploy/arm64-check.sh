@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prove the Arm image on a Debian x86-64 machine, from nothing: make a Debian 12 for arm64, build
 # Dockerfile.arm64 on it, run it under qemu as a container runtime would, and compare what the small
-# model says there with what it says here. Takes about a quarter of an hour; `make arm64` calls it.
+# model says there with what it says here. Emulation is slow, count on an hour; a run that was broken
+# off goes on where it was. `make arm64` calls it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
