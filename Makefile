@@ -13,10 +13,10 @@ export ORT_DISABLE_TELEMETRY := 1
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint bench bench-full docs lock clean test-tools
+.PHONY: help demo test setup lint bench bench-full arm64 docs lock clean test-tools
 
 help:  ## say what there is
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(READY)  ## the whole thing on this machine: a broker, a small model, questions, checked answers
 	@$(BIN)/edged demo
@@ -39,6 +39,9 @@ bench: $(READY)  ## measure with the small model
 bench-full: $(READY)  ## measure with a real model, text or fused vision: make bench-full MODEL=/path/to/model
 	@test -n "$(MODEL)" || { echo "bench-full: say which model: make bench-full MODEL=/path/to/model" >&2; exit 2; }
 	@$(BIN)/python -m tests.bench --model "$(MODEL)" --full
+
+arm64: $(READY)  ## build the container image for 64-bit Arm and run it emulated; as root, on Debian x86-64
+	@deploy/arm64-check.sh
 
 docs: $(READY)  ## write SETTINGS.md from the code
 	@{ printf '# Settings\n\nWritten by `make docs` from the code; `edged schema config` prints the same.\n\n'; \

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from edged.brokercheck import check_broker
 from edged.clock import SystemClock
-from edged.engine import box, memory
+from edged.engine import box, cuda, loading, memory
 from edged.errors import ConfigError, EdgedError
 from edged.findings import (
     CONFIGURATION,
@@ -179,6 +179,7 @@ def check_libraries(
     provider: str,
     python: str = sys.executable,
     installed: Callable[[str], str | None] | None = None,
+    unfit: Callable[[], str | None] = lambda: loading.look().unfit,
 ) -> Iterator[Finding]:
     """Yield which engine is installed, whether it is whole, and whether it can be loaded here."""
     installed = installed or _installed
@@ -199,8 +200,15 @@ def check_libraries(
         else:
             importable.append(module)
             yield from _check_import(module, versions, python, providers)
-    if "onnxruntime" in importable and provider == "cuda":
-        if "CUDAExecutionProvider" not in providers:
+    if "onnxruntime" in importable and provider != "cpu":
+        yield from _check_cuda(provider, providers, unfit)
+
+
+def _check_cuda(
+    provider: str, providers: list[str], unfit: Callable[[], str | None]
+) -> Iterator[Finding]:
+    if "CUDAExecutionProvider" not in providers:
+        if provider == "cuda":
             yield failed(
                 "libraries",
                 "cuda",
@@ -208,13 +216,16 @@ def check_libraries(
                 + (", ".join(providers) or "no provider"),
                 "install 'edged[cuda]' instead of 'edged[cpu]', or set model.provider = \"auto\"",
             )
-        else:
-            yield ok(
-                "libraries",
-                "cuda",
-                "onnxruntime was built with CUDA; whether its kernels fit this GPU, `edged "
-                "selftest` shows",
-            )
+    elif (why := unfit()) is None:
+        yield ok(
+            "libraries",
+            "cuda",
+            "onnxruntime was built with CUDA; whether its kernels run, `edged selftest` shows",
+        )
+    elif provider == "cuda":
+        yield failed("libraries", "cuda", why, cuda.HINT)
+    else:
+        yield warning("libraries", "cuda", f"{why}: the processor computes", cuda.HINT)
 
 
 def _installed(distribution: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edged.engine import box, loading, memory
+from edged.engine import box, cuda, loading, memory
 from edged.engine.backend import Desk
 from edged.engine.messages import JobStage, Order
 from edged.engine.prompts import PROBE, STYLES, Prompts
@@ -305,12 +305,9 @@ def _refused(folder: ModelFolder, provider: str, error: RuntimeError) -> EdgedEr
     text = " ".join(str(error).split())[:400]
     if "bad_alloc" in text or "Failed to allocate memory" in text:
         raise MemoryError(text)
-    if provider == "cuda" and "no kernel image" in text:
-        return loading.SetupError(
-            "the installed CUDA libraries have no kernels for this box's graphics processor",
-            hint="on a Jetson install wheels built for it (see the README), or set model.provider "
-            "to cpu",
-        )
+    meaning = cuda.meaning(text) if provider == "cuda" else None
+    if meaning is not None:
+        return loading.SetupError(meaning[0], hint=meaning[1])
     return ModelError(
         f"model.path {folder.path}: onnxruntime-genai cannot load it: {text}",
         hint="fetch the model again; is it an ONNX build for this provider?",

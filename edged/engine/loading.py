@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edged.engine import box
+from edged.engine import box, cuda
 from edged.errors import EdgedError
 from edged.models.folder import ModelFolder
 from edged.models.record import FUSED_IDS, Fused
@@ -34,19 +34,24 @@ class Setup:
     cuda: bool
     importable: bool
     device: bool
+    #: Why CUDA cannot work here although both are, if that is certain.
+    unfit: str | None = None
 
 
 def look(dev: Path = Path("/dev")) -> Setup:
-    """Look at the installation; imports nothing that is native.
+    """Look at the installation; imports nothing that is native but a CUDA device's driver.
 
     A native wheel on a processor that it was not built for ends the process on import, so its mere
     presence is found out first.
     """
+    with_cuda = _installed(_CUDA_DIST)
+    device = any((dev / name).exists() for name in _DEVICES)
     return Setup(
         cpu=_installed(_CPU_DIST),
-        cuda=_installed(_CUDA_DIST),
+        cuda=with_cuda,
         importable=importlib.util.find_spec("onnxruntime_genai") is not None,
-        device=any((dev / name).exists() for name in _DEVICES),
+        device=device,
+        unfit=cuda.unfit() if with_cuda and device else None,
     )
 
 
@@ -77,9 +82,11 @@ def choose_provider(wanted: Literal["auto", "cpu", "cuda"], setup: Setup) -> Pro
             hint="set model.provider to cpu, or give the service its devices "
             "(/dev/nvidia*, /dev/nvhost-*; a container: --runtime nvidia)",
         )
+    if wanted == "cuda" and setup.unfit is not None:
+        raise SetupError(setup.unfit, hint=cuda.HINT)
     if wanted != "auto":
         return wanted
-    return "cuda" if setup.cuda and setup.device else "cpu"
+    return "cuda" if setup.cuda and setup.device and setup.unfit is None else "cpu"
 
 
 def choose_threads(wanted: int | None) -> int:

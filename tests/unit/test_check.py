@@ -165,11 +165,13 @@ def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
     return fake
 
 
-def libraries(provider: str = "cpu", **versions: str | None) -> dict[str, Finding]:
+def libraries(
+    provider: str = "cpu", unfit: str | None = None, **versions: str | None
+) -> dict[str, Finding]:
     given = {d[0]: "1.0" for d in check.MODULES.values()} | {
         name.replace("_", "-"): version for name, version in versions.items()
     }
-    return by_name(list(check.check_libraries(provider, sys.executable, given.get)))
+    return by_name(list(check.check_libraries(provider, sys.executable, given.get, lambda: unfit)))
 
 
 def test_both_builds_installed(fake: Any) -> None:
@@ -230,6 +232,18 @@ def test_cuda_wanted_and_not_there(fake: Any) -> None:
 def test_cuda_wanted_and_there(fake: Any) -> None:
     fake("onnxruntime", "get_available_providers = lambda: ['CUDAExecutionProvider']")
     assert libraries("cuda")["cuda"].status is Status.OK
+    assert libraries("auto")["cuda"].status is Status.OK
+    assert "cuda" not in libraries("cpu")
+
+
+def test_cuda_without_kernels_for_this_processor(fake: Any) -> None:
+    fake("onnxruntime", "get_available_providers = lambda: ['CUDAExecutionProvider']")
+    wanted = libraries("cuda", unfit="has no kernels")["cuda"]
+    assert (wanted.status, wanted.message) == (Status.FAILED, "has no kernels")
+    allowed = libraries("auto", unfit="has no kernels")["cuda"]
+    assert allowed.status is Status.WARNING
+    assert "the processor computes" in allowed.message
+    assert allowed.remedy == wanted.remedy
 
 
 @pytest.mark.parametrize(

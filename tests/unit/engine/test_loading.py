@@ -18,8 +18,10 @@ from edged.engine.process import environment
 from edged.models.folder import ModelFolder
 
 
-def setup(cpu: bool = False, cuda: bool = False, device: bool = False) -> Setup:
-    return Setup(cpu=cpu, cuda=cuda, importable=cpu or cuda, device=device)
+def setup(
+    cpu: bool = False, cuda: bool = False, device: bool = False, unfit: str | None = None
+) -> Setup:
+    return Setup(cpu=cpu, cuda=cuda, importable=cpu or cuda, device=device, unfit=unfit)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,7 @@ def setup(cpu: bool = False, cuda: bool = False, device: bool = False) -> Setup:
         ("auto", setup(cpu=True, device=True), "cpu"),
         ("auto", setup(cuda=True), "cpu"),
         ("auto", setup(cuda=True, device=True), "cuda"),
+        ("auto", setup(cuda=True, device=True, unfit="has no kernels"), "cpu"),
         ("cpu", setup(cuda=True, device=True), "cpu"),
         ("cuda", setup(cuda=True, device=True), "cuda"),
     ],
@@ -44,6 +47,7 @@ def test_the_provider_is_what_is_wanted_and_there(wanted: str, found: Setup, cho
         ("cpu", setup(cpu=True, cuda=True), "both installed", "pip uninstall"),
         ("cuda", setup(cpu=True, device=True), "is not installed", r"edged\[cuda\]"),
         ("cuda", setup(cuda=True), "no CUDA device", "model.provider"),
+        ("cuda", setup(cuda=True, device=True, unfit="has no kernels"), "no kernels", "Jetson"),
     ],
 )
 def test_what_cannot_run_is_said_with_its_remedy(
