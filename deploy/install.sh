@@ -64,7 +64,7 @@ put() {
     local mode=${3:-644} owner=${4:-root:root}
     if cmp -s "$1" "$2" && [ "$(stat -c '%a %U:%G' "$2")" = "$mode $owner" ]; then return; fi
     if act "write $2"; then
-        install -d "${2%/*}"
+        mkdir -p "${2%/*}" # leaves the rights of one that is there
         install -m "$mode" -o "${owner%:*}" -g "${owner#*:}" "$1" "$2.edged-new"
         sync "$2.edged-new"
         mv -fT "$2.edged-new" "$2"
@@ -75,7 +75,7 @@ put() {
 link() {
     if [ "$(readlink "$2")" = "$1" ]; then return; fi
     if act "link $2 to $1"; then
-        install -d "${2%/*}"
+        mkdir -p "${2%/*}"
         ln -sfn "$1" "$2.edged-new"
         mv -fT "$2.edged-new" "$2"
     fi
@@ -488,7 +488,7 @@ install_version() {
     if [ ! -e "$venv/.complete" ] && act "install edged into $venv (minutes)"; then
         remove_old "$key" quietly
         rm -rf "$venv"
-        install -d "$base"
+        mkdir -p "$base"
         TMPDIR=$work "$python" -m venv "$venv"
         [ -n "$wheel" ] || build_wheel
         pip "$venv" install --require-hashes --requirement "$lock"

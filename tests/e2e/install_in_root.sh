@@ -40,6 +40,8 @@ cp "$bundle" "$root/media/bundle/"
 tar -xf "$bundle" -C "$root/media/bundle"
 tar=/media/bundle/${bundle##*/}
 install=/media/bundle/$name/deploy/install.sh
+options=(--device door --broker broker.lan --user door --password-file /media/password --no-start)
+echo "not to be seen" >"$root/media/password"
 
 inside() { chroot "$root" env -i PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 "$@"; }
 step() { echo "== $*"; }
@@ -77,7 +79,7 @@ more_than() {
 }
 
 step "a dry run changes nothing"
-unchanged "the dry run" inside "$install" --offline "$tar" --dry-run --device door --broker broker.lan
+unchanged "the dry run" inside "$install" --offline "$tar" --dry-run "${options[@]}"
 
 step "a damaged bundle is refused"
 cp -r "$root/media/bundle/$name" "$root/media/bundle/damaged"
@@ -88,7 +90,7 @@ grep -q "is damaged" "$run/said" || fail "it was not refused"
 
 listing "$LOOSE" >"$run/fresh"
 step "killed in the middle"
-inside setsid "$install" --offline "$tar" --device door --broker broker.lan --no-start &
+inside setsid "$install" --offline "$tar" "${options[@]}" &
 for ((i = 0; i < 36000; i++)); do
     if compgen -G "$root/opt/edged.d/*/lib/python3*/site-packages/numpy" >/dev/null; then break; fi
     kill -0 $! 2>/dev/null || fail "it ended before it could be killed"
@@ -100,9 +102,12 @@ wait $! || true
 [ ! -e "$root/opt/edged" ] || fail "it was killed too late"
 
 step "run again"
-inside "$install" --offline "$tar" --device door --broker broker.lan --no-start
+inside "$install" --offline "$tar" "${options[@]}"
 [ -z "$(leftovers)" ] || fail "left: $(leftovers)"
-inside stat -c '%a %U:%G %n' /etc/edged/edged.toml /etc/edged/credentials /var/lib/edged /var/lib/edged/models
+inside stat -c '%a %U:%G %n' /etc/edged/edged.toml /etc/edged/credentials \
+    /etc/edged/credentials/mqtt-password /var/lib/edged /var/lib/edged/models
+[ "$(inside stat -c '%a %U' /etc/edged/credentials{,/mqtt-password} | tr '\n' ' ')" = '700 root 600 root ' ] ||
+    fail "others may read the password"
 inside cat /etc/edged/edged.toml
 inside edged --version
 
@@ -113,7 +118,7 @@ said=$(inside systemd-analyze verify /etc/systemd/system/edged.service 2>&1 || t
 step "a second run changes nothing"
 unchanged "the second run" inside "$install" --no-start | tee "$run/said"
 grep -q "nothing changed" "$run/said" || fail "it does not say so"
-unchanged "a run with the same options" inside "$install" --offline "$tar" --device door --broker broker.lan --no-start
+unchanged "a run with the same options" inside "$install" --offline "$tar" "${options[@]}"
 unchanged "a run with other settings" inside "$install" --device window --no-start
 
 step "what systemd does with its files at boot changes nothing"
