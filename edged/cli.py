@@ -137,6 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     fuse.add_argument("path", type=Path, metavar="DIR", help="the model's folder")
     fuse.set_defaults(run=_fuse)
 
+    pull = steps.add_parser(
+        "pull",
+        help="fetch a model's folder from the Hugging Face hub",
+        description="Fetches the files that onnxruntime-genai reads, and no code, pinned to one "
+        "commit. A fetch that was ended goes on where it was; the folder appears when every file "
+        "is there and has the hub's hash. HF_TOKEN and HF_ENDPOINT are obeyed.",
+    )
+    pull.add_argument("repository", metavar="ID", help="owner/name on the hub")
+    pull.add_argument("--folder", metavar="F", help="the model's folder in the repository")
+    pull.add_argument(
+        "--revision", default="main", metavar="R", help="commit, tag or branch (default: main)"
+    )
+    pull.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder to make")
+    pull.set_defaults(run=_pull)
+
     demo = commands.add_parser(
         "demo", help="the whole thing on this machine: a broker, a small model, checked answers"
     )
@@ -386,6 +401,27 @@ def _fuse(arguments: argparse.Namespace) -> int:
         f"id {done.fused.placeholder} stands for them"
     )
     print("an edged that runs sees with it from its next start on")
+    return 0
+
+
+def _pull(arguments: argparse.Namespace) -> int:
+    from edged.models import folder, pull
+
+    done = pull.pull(
+        arguments.repository, arguments.to, folder=arguments.folder, revision=arguments.revision
+    )
+    where = f"{done.source.repository} at {done.source.commit}"
+    if not done.changed:
+        print(f"{done.model.path}: already there and whole, {where}; nothing changed")
+    else:
+        print(f"{done.model.path}: {done.size / 1e6:.0f} MB, {where}")
+        print(
+            f"the files' sha256 stand in {folder.MANIFEST}, where they came from in {pull.SOURCE}"
+        )
+    if done.left_out:
+        print(f"not fetched, the model does without them: {', '.join(done.left_out)}")
+    if done.model.unfused:
+        print(f"to let it see: edged models fuse {done.model.path}")
     return 0
 
 
