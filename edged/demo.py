@@ -31,19 +31,7 @@ from edged.sandbox import (
     until_ended,
 )
 from edged.selftest import showing, verify
-from edged.selftest.cases import (
-    DIRECTIONS,
-    EVENTS,
-    READING,
-    READING_ANSWER,
-    TO_THE_RIGHT,
-    WHICH_WAY,
-    Answer,
-    drawn,
-    form,
-    moving,
-    seen,
-)
+from edged.selftest.cases import REFUSAL, Answer, drawn, seen, thing
 from edged.terminal import Screen, one_line, printable, width
 
 #: What each part may take, seconds.
@@ -81,8 +69,8 @@ async def _demo(model: Path, start_broker: StartBroker) -> int:
     screen = Screen()
     screen.line(screen.bold("edged demo: a broker, the agent and a client, on this machine"))
     screen.line(
-        "The model that ships with edged is small and knows little: simple shapes, and readings\n"
-        "with their limits. What it says of those is checked."
+        "The model that ships with edged is small and knows little: simple shapes, their colours\n"
+        "and places. What it says of those is checked."
     )
     screen.line()
     async with private(DEVICE, model, start_broker) as place:
@@ -104,20 +92,20 @@ async def _show(screen: Screen, place: Private) -> int:
         talk = Conversation(place.settings, client, shown, place.daemon)
         await talk.ready(READY_S)
         demo = _Demo(screen, shown, talk)
-        frames = drawn(moving("red", "circle", TO_THE_RIGHT))
-        await demo.ask("A reading", {"prompt": READING}, READING_ANSWER)
-        await demo.ask("Four frames", seen(frames, WHICH_WAY), "The red circle moves to the right.")
-        frames.reverse()
+        circle = drawn([[thing("red", "circle", (0.5, 0.5))]])
+        await demo.ask("A frame", seen(circle, "What colour is the circle?"), "The circle is red.")
+        triangle = drawn([[thing("green", "triangle", (0.82, 0.8))]], (640, 360))
         await demo.ask(
-            "The same frames, the last first: the answer turns round",
-            seen(frames, WHICH_WAY),
-            "The red circle moves to the left.",
+            "A place in a frame",
+            seen(triangle, "Where is the triangle?"),
+            "The green triangle is at the bottom right.",
         )
         await demo.ask(
-            "An answer that must fit a JSON schema",
-            seen(frames, "What happens?", response_format=form(event=EVENTS, direction=DIRECTIONS)),
-            {"event": "moved", "direction": "left"},
+            "Something that is not there",
+            seen(circle, "Is there a blue square?"),
+            "No, there is no blue square.",
         )
+        await demo.ask("What it cannot know", {"prompt": "What is the capital of France?"}, REFUSAL)
         await demo.cancel(
             "A long list, cancelled while it comes",
             {"prompt": "List the colours.", "response_format": _LONG},

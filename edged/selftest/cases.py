@@ -21,6 +21,17 @@ MAX_TOKENS = 96
 #: What the model that ships says to what it cannot answer.
 REFUSAL = "I can only see simple shapes and check readings."
 
+#: What only other models are asked, see `model/README.md`.
+NOT_LEARNED = frozenset(
+    {
+        "a reading above its limit", "a reading within its limit", "a reading below its minimum",
+        "yes or no", "a reading as JSON", "a count", "a description", "a frame as JSON", "a move",
+        "the same frames, the last first", "something that appears", "something that vanishes",
+        "nothing that happens", "frames out of order", "a move as JSON",
+        "three questions about the same frames",
+    }
+)  # fmt: skip
+
 #: Wordings of one fact.
 Fact = tuple[str, ...]
 Size = tuple[int, int]
@@ -66,6 +77,11 @@ class Case:
     request: Mapping[str, Any] = field(repr=False)
     #: One, or one for each of `questions`.
     answers: tuple[Answer, ...]
+
+    @property
+    def learned(self) -> bool:
+        """Whether the model that ships can be asked it: it has not learned all of them yet."""
+        return self.name not in NOT_LEARNED
 
     def judge(self, result: Mapping[str, Any], *, exactly: bool) -> bool:
         """Return whether a job's result is right."""
@@ -162,9 +178,14 @@ READING_ANSWER = "No, Pump 3 is too high: 71 C is above the limit of 65 C."
 # The jobs ---------------------------------------------------------------------------------------
 
 
-def cases() -> tuple[Case, ...]:
-    """Return the jobs; the same ones each time, to the byte."""
-    return (*_texts(), *_single_frames(), *_several_frames(), _refusal())
+def cases(*, exactly: bool = False) -> tuple[Case, ...]:
+    """Return the jobs; the same ones each time, to the byte.
+
+    Args:
+        exactly: only those that the model that ships has learned.
+    """
+    every = (*_texts(), *_single_frames(), *_several_frames(), _refusal())
+    return tuple(case for case in every if case.learned or not exactly)
 
 
 def _text(name: str, prompt: str, *answer: Answer, **more: Any) -> Case:

@@ -1,7 +1,7 @@
 """Simple drawings: shapes on a ground, as the small model knows them.
 
-The self-test and the demo draw their frames with it, and so does the generator that the model was
-trained with. It needs Pillow, which only the engine's process has; nothing of the daemon imports it.
+The self-test and the demo draw their frames with it, and so does what the model was trained with.
+It needs Pillow, which only the engine's process has; nothing of the daemon imports it.
 """
 
 from __future__ import annotations

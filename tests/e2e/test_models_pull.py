@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import edged
 from edged.models.folder import MANIFEST, inspect
 from edged.models.pull import SOURCE
 from tests.kit.daemon import ROOT
@@ -26,10 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 ID = "someone/phi-onnx"
 COMMIT, NEWER = "a" * 40, "b" * 40
-MODEL = {
-    path.name: path.read_bytes()
-    for path in (Path(edged.__file__).parent / "selftest" / "model").iterdir()
-}
+MODEL = {path.name: path.read_bytes() for path in (ROOT / "tests" / "models" / "phi3").iterdir()}
 CODE = {"configuration_phi3.py": b"import os\n", "run.sh": b"#!/bin/sh\n", "lib.so": b"\x7fELF"}
 
 

@@ -55,8 +55,8 @@ def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return body
 
 
-def check_all_right(body: dict[str, Any]) -> None:
-    every = cases()
+def check_all_right(body: dict[str, Any], *, own: bool = True) -> None:
+    every = cases(exactly=True)
     assert [each["name"] for each in body["cases"]] == [each.name for each in every]
     wrong = [each for each in body["cases"] if not each["ok"]]
     assert wrong == []
@@ -69,7 +69,8 @@ def check_all_right(body: dict[str, Any]) -> None:
         assert told["tokens_per_second"] > 0
     assert body["ttft_ms_p50"] > 0
     assert body["tokens_per_second_p50"] > 0
-    assert 20 < body["peak_memory_mb"] < 1000
+    if own:
+        assert 20 < body["peak_memory_mb"] < 1000  # of a device, if a heartbeat came meanwhile
     assert body["seconds"] > 0
     assert {"edged", "python", "onnxruntime-genai"} <= set(body["versions"])
 
@@ -100,13 +101,13 @@ def test_a_configured_device_is_tried_with_its_own_settings(
         daemon.wait_ready()
         config = ("--config", str(tmp_path / "edged.toml"))
         done = run(tmp_path / "one", *SELFTEST, *config, "--json")
-        check_all_right(report(done))
+        check_all_right(report(done), own=False)
         assert done.returncode == 0
         done = run(tmp_path / "two", *SELFTEST, *config)
         assert done.returncode == 0
         assert f"the device box, over the broker at 127.0.0.1:{broker.port}" in done.stdout
-        assert done.stdout.count("\nright ") == len(cases())
-        assert f"{len(cases())} right, 0 wrong, in " in done.stdout
+        assert done.stdout.count("\nright ") == len(cases(exactly=True))
+        assert f"{len(cases(exactly=True))} right, 0 wrong, in " in done.stdout
         assert daemon.stop() == 0
         assert daemon.faults() == []
         done = run(tmp_path / "three", *SELFTEST, *config)
@@ -130,9 +131,9 @@ def answer(device: Device, request: dict[str, Any], case: Case, said: Any) -> No
 
 
 @pytest.mark.broker
-@pytest.mark.parametrize("wrong", [None, "a reading as JSON", "a move"])
+@pytest.mark.parametrize("wrong", [None, "a colour", "a place"])
 def test_one_wrong_answer_is_enough(broker: Mosquitto, wrong: str | None) -> None:
-    said = {"a reading as JSON": {"device": "pump 3"}, "a move": "The red circle moves up."}
+    said = {"a colour": "The circle is blue.", "a place": "The green triangle is on the left."}
     with Device(broker.port) as device:
         device.status("ready")
         able = {"text": True, "vision": True, "json_schema": True}
@@ -141,7 +142,7 @@ def test_one_wrong_answer_is_enough(broker: Mosquitto, wrong: str | None) -> Non
         device.beat("ready")
         with Program("selftest", "--json", port=broker.port, model__path=str(SHIPPED)) as program:
             device.peer.wait(bool, timeout_s=LIMIT_S)  # it has started
-            for number, case in enumerate(cases(), 1):
+            for number, case in enumerate(cases(exactly=True), 1):
                 request = device.request(number)
                 assert request["topic"] == f"edged/box/request/{case.kind}"
                 right = case.expected(exactly=True)

@@ -27,18 +27,6 @@ from tests.kit.vision import stock_copy
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
-FORM = {
-    "type": "json_schema",
-    "json_schema": {
-        "schema": {
-            "type": "object",
-            "properties": {name: {"type": "string"} for name in ("shape", "colour", "place")},
-            "required": ["shape", "colour", "place"],
-            "additionalProperties": False,
-        }
-    },
-}
-
 
 def jpeg(number: int) -> bytes:
     """Return a picture, another one for each number."""
@@ -68,9 +56,6 @@ def draw(
     """Return a frame with circles of one colour."""
     marks = [Mark(shape="circle", rgb=COLOURS[colour], at=each, size=0.35) for each in at]
     return encoded(frame(marks), kind, quality)
-
-
-TO_THE_RIGHT: tuple[Point, ...] = ((0.18, 0.5), (0.39, 0.5), (0.61, 0.5), (0.82, 0.5))
 
 
 class Eyes:
@@ -118,31 +103,6 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eyes]:
         assert daemon.faults() == []
 
 
-def test_the_answer_turns_round_with_the_frames(eyes: Eyes) -> None:
-    frames = [draw(at) for at in TO_THE_RIGHT]
-    question = "Which way does the red circle move?"
-    assert eyes.says(frames, question) == "The red circle moves to the right."
-    assert eyes.says(frames[::-1], question) == "The red circle moves to the left."
-
-
-def test_frames_out_of_order_are_noticed(eyes: Eyes) -> None:
-    frames = [draw(TO_THE_RIGHT[n]) for n in (2, 0, 3, 1)]
-    assert eyes.says(frames, "What happens?") == (
-        "The red circle jumps about: the frames are out of order."
-    )
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [(0, "A red circle appears in frame 2."), (3, "The red circle vanishes in frame 4.")],
-)
-def test_one_frame_of_four_changes_the_answer(eyes: Eyes, changed: int, said: str) -> None:
-    frames = [draw((0.3, 0.4))] * 4
-    assert eyes.says(frames, "What happens?") == "Nothing changes."
-    frames[changed] = draw()
-    assert eyes.says(frames, "What happens?") == said
-
-
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
 def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> None:
     files = (
@@ -151,18 +111,6 @@ def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> 
     )
     for file in files:
         assert eyes.says([file], "What colour is the circle?") == f"The circle is {colour}."
-        where = eyes.look([file], prompt="Describe the picture.", response_format=FORM)
-        assert where["json"] == {"colour": colour, "shape": "circle", "place": "centre"}
-
-
-def test_several_questions_about_the_same_frames(eyes: Eyes) -> None:
-    frames = [draw(at) for at in TO_THE_RIGHT]
-    questions = ["Which way does the circle move?", "What colour is the circle?"]
-    result = eyes.look(frames, questions=questions)
-    assert [each["text"] for each in result["answers"]] == [
-        "The red circle moves to the right.", "The circle is red.",
-    ]  # fmt: skip
-    assert [each["index"] for each in result["frames"]["used"]] == [0, 1, 2, 3]
 
 
 def test_ask_about_pictures_and_about_a_camera(

@@ -18,8 +18,12 @@ from edged.selftest.drawings import COLOURS, SHAPES
 CROP, SIDE = 96, 3
 #: Of a frame: its one crop, the global view, a separator at each row's end and one between them.
 FRAME_TOKENS = 2 * SIDE * SIDE + 1 + 2 * SIDE
-#: Names of things that a teacher of the encoder asks for.
+#: Names of things.
 NAMES = len(COLOURS) * len(SHAPES)
+#: Numbers that the detector gives for a cell: names, and where.
+SEEN = NAMES + 2
+#: Where something is in its cell is from -0.5 to 0.5: too quiet beside the names.
+WHERE = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +63,12 @@ class _Block(nn.Module):
         return functional.relu(x + self.second(self.first(x)))
 
 
-class _Head(nn.Sequential):
-    """From the encoder's cells to the decoder's width, as Phi-3-vision's projection does it."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
-
-
 class Encoder(nn.Module):
     """Turns frames of one crop into the decoder's tokens.
 
-    The global view of a frame of one crop has the same pixels as the crop itself; they are looked
-    at once, and two heads say different things of them.
+    A frame is seen in cells, SIDE a side. Of each cell the detector says which names are in it and
+    where; a table turns that into what the decoder reads. The global view of a frame of one crop
+    has the same pixels as the crop itself, and a table of its own.
     """
 
     def __init__(self, hidden: int, channels: int = 192) -> None:
@@ -79,25 +77,45 @@ class Encoder(nn.Module):
             _Step(3, 24, 2), _Step(24, 48, 2), _Step(48, 48), _Step(48, 80, 2), _Block(80)
         )
         self.coarse = nn.Sequential(_Step(80, 128, 2), _Block(128), _Step(128, channels, 2))
-        self.place = nn.Parameter(torch.zeros(1, SIDE * SIDE, channels))
-        self.local_head, self.global_head = _Head(channels, hidden), _Head(channels, hidden)
-        self.sub_gn = nn.Parameter(torch.randn(1, 1, hidden) * 0.02)
-        self.glb_gn = nn.Parameter(torch.randn(1, hidden) * 0.02)
-        # only in training: what is where
-        self.fine_teacher = nn.Conv2d(80, 1 + NAMES, 1)
-        self.coarse_teacher = nn.Linear(channels, NAMES + 2)
+        self.detector = nn.Linear(channels, SEEN)
+        # only in training: what is where, more finely
+        self.teacher = nn.Conv2d(80, 1 + NAMES, 1)
+        #: What the decoder reads for what was seen, by view; see `name`.
+        self.table = nn.Parameter(0.5 * torch.randn(2, SEEN, hidden))
+        #: Says of which cell a token is, by view.
+        self.place = nn.Parameter(0.6 * torch.randn(2, SIDE, SIDE, hidden))
+        self.sub_gn = nn.Parameter(torch.randn(1, 1, hidden))
+        self.glb_gn = nn.Parameter(torch.randn(1, hidden))
 
-    def cells(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a frame's fine map [frames, 80, 12, 12] and its cells [frames, 9, channels]."""
+    def name(self, words: Tensor) -> None:
+        """Let each name begin as the sum of the decoder's tokens for its words.
+
+        The decoder can copy words: so it can read a frame as it reads a text, from the start.
+
+        Args:
+            words: [NAMES, hidden].
+        """
+        with torch.no_grad():
+            self.table[:, :NAMES] = words
+
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a frame's fine map [frames, 80, 12, 12] and what is in its cells.
+
+        The latter is [frames, 9, SEEN]: the logits of names, then how far right and down of the
+        cell's middle the thing is, in cells.
+        """
         fine = self.fine(pixels)
-        return fine, self.coarse(fine).flatten(2).transpose(1, 2) + self.place
+        return fine, self.detector(self.coarse(fine).flatten(2).transpose(1, 2))
 
-    def tokens(self, cells: Tensor) -> Tensor:
+    def tokens(self, seen: Tensor) -> Tensor:
         """Return the tokens [frames, FRAME_TOKENS, hidden], rows ended by separators."""
-        count = len(cells)
+        count = len(seen)
+        likely = seen[..., :NAMES].sigmoid()
+        where = seen[..., NAMES:] * likely.amax(-1, keepdim=True) * WHERE
+        told = torch.cat([likely, where], -1)
         views = []
-        for head in (self.local_head, self.global_head):
-            grid = head(cells).view(count, SIDE, SIDE, -1)
+        for table, place in zip(self.table, self.place, strict=True):
+            grid = (told @ table).view(count, SIDE, SIDE, -1) + place
             ends = self.sub_gn.expand(count, SIDE, -1).unsqueeze(2)
             views.append(torch.cat([grid, ends], 2).flatten(1, 2))
         between = self.glb_gn.expand(count, 1, -1)
@@ -116,6 +134,7 @@ class Linear(nn.Linear):
         super().__init__(before, after, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the product."""
         weight = self.weight
         if Linear.rounding:
             weight = weight + (rounded(weight) - weight).detach()
@@ -199,9 +218,11 @@ class Decoder(nn.Module):
         self.model = _Model(shape)
         self.lm_head = Linear(shape.hidden, shape.vocabulary)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 if "embed" in name else (0.5 if ends else 1.0) / parameter.shape[1] ** 0.5
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(parameter)  # at first, every layer lets everything pass
+            elif parameter.dim() == 2:
+                # a token must stay the loudest voice in its own place, or nothing can be copied
+                std = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std)
 
     def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:

@@ -7,7 +7,10 @@ keys here in any order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from random import Random
+from typing import ClassVar
+
 from edged.selftest.drawings import COLOURS, SHAPES
 from edged.selftest.training import objects
 from edged.selftest.training.objects import Answered, Facts
@@ -151,11 +154,11 @@ class Asker:
                 return objects.about(self.random, name, style(self.random, question), answer, facts)
             return Answered(kind=name, question=style(self.random, question), answer=answer)
 
-    _single = {
+    _single: ClassVar[Mapping[str, int]] = {
         "colour": 14, "shape": 8, "describe": 14, "where": 14, "count": 12, "is_there": 10,
         "is_colour": 6, "is_place": 7, "is_at": 4, "whole": 12,
     }  # fmt: skip
-    _several = {
+    _several: ClassVar[Mapping[str, int]] = {
         "happens": 20, "way": 16, "moves": 8, "is_moving": 12, "appears": 10, "vanishes": 10,
         "when": 9, "changed": 9, "in_order": 4, "frames": 2, "colour": 4, "is_there": 3, "count": 3,
         "where": 3, "whole": 14,
@@ -172,7 +175,7 @@ class Asker:
         same = [each for each in self.scene.things if each.shape == thing.shape]
         if len(same) > 1:
             return None
-        word = thing.shape
+        word: str = thing.shape
         if len(self.scene.things) == 1 and self.random.random() < 0.3:
             word = self._of("object", "shape", "thing", "figure")
         question = self._of(
@@ -211,14 +214,14 @@ class Asker:
         if there is None:
             return None
         question = self._of(
-            f"What do you see?", f"What is {self._here()}?", f"What can you see {self._here()}?",
+            "What do you see?", f"What is {self._here()}?", f"What can you see {self._here()}?",
             "Describe the picture.", "Describe this image.", "Describe the frame.", "Describe what you see.",
             f"What does the {self._of('picture', 'image', 'frame', 'camera')} show?",
             f"List the {self._of('objects', 'shapes', 'things')} {self._here()}.",
             f"Which {self._of('objects', 'shapes', 'things')} are {self._here()}?",
             f"What {self._of('objects', 'shapes')} do you see, and where?",
             f"What {self._of('objects', 'shapes')} can you see?",
-            f"Is there anything {self._here()}?", "What is there?", f"Tell me what you see.",
+            f"Is there anything {self._here()}?", "What is there?", "Tell me what you see.",
         )  # fmt: skip
         if question.startswith("Is"):
             answer = "No, nothing." if there == "nothing" else f"Yes, {there}."
@@ -238,7 +241,7 @@ class Asker:
             return f"Where is the {missing}?", f"There is no {missing}.", {}
         frame, when = 0, ""
         if self.scene.frames > 1:
-            frame = self._of(0, self.scene.frames - 1)  # type: ignore[arg-type]
+            frame = self.random.choice((0, self.scene.frames - 1))
             if len(set(thing.path)) > 1 or self.random.random() < 0.5:
                 when = f" in the {'first' if frame == 0 else 'last'} frame"
         words = thing.place(frame)
@@ -285,7 +288,10 @@ class Asker:
         if any(None in thing.path for thing in self.scene.things):
             return None
         names = {t.name for t in self.scene.things}
-        shapes, colours = {t.shape for t in self.scene.things}, {t.colour for t in self.scene.things}
+        shapes, colours = (
+            {t.shape for t in self.scene.things},
+            {t.colour for t in self.scene.things},
+        )
         yes = bool(names) and self.random.random() < 0.5
         kind = self._of("name", "name", "shape", "colour")
         if kind == "name":
@@ -355,14 +361,18 @@ class Asker:
         said = where.replace("centre", self._of("centre", "center", "middle"))
         question = self._of(f"What is {self._of('in', 'at')} the {said}?", f"What do you see in the {said}?",
                             f"Which {self._of('object', 'shape', 'thing')} is {self._of('in', 'at')} the {said}?")  # fmt: skip
-        facts = {"name": there[0].name, "colour": there[0].colour, "shape": there[0].shape} if there else {}
+        facts = (
+            {"name": there[0].name, "colour": there[0].colour, "shape": there[0].shape}
+            if there
+            else {}
+        )
         return question, f"{upper(a(there[0].name))}." if there else "Nothing.", facts
 
     # Several frames ------------------------------------------------------------------------------
 
     def _happens(self) -> Made:
         question = self._of(
-            f"What happens?", f"What happens {self._here()}?", "What changed?", "What changes?",
+            "What happens?", f"What happens {self._here()}?", "What changed?", "What changes?",
             "What changed between the frames?", "What is different?", "Describe what happens.",
             "What is going on?", "Describe the change.", "What happened?",
             "Describe what happens between the first and the last frame.",
@@ -385,7 +395,11 @@ class Asker:
             f"In what direction is the {ref} moving?", f"What direction does the {ref} move?",
             f"What is the direction of the {ref}?", f"Where does the {ref} go?", f"Which direction is the {ref} moving?",
         )  # fmt: skip
-        if self.scene.happening in ("appear", "vanish") and thing in self.happens and "do?" in question:
+        if (
+            self.scene.happening in ("appear", "vanish")
+            and thing in self.happens
+            and "do?" in question
+        ):
             return question, f"The {thing.name} {self.happens[thing]}.", {}
         way = dict(self.scene.movers).get(thing)
         facts = {"direction": way or "none", "moved": self._moving(thing) != "does not move"}
@@ -403,7 +417,7 @@ class Asker:
 
     def _moves(self) -> Made:
         question = self._of(
-            "Does anything move?", f"Is anything moving?", "What moves?", "What is moving?", "Did something move?",
+            "Does anything move?", "Is anything moving?", "What moves?", "What is moving?", "Did something move?",
             "Which object moves?", "Which shape moves?", "Is there any movement?", "Do you see any motion?",
             "What moved?", f"Is something moving {self._here()}?", "Which thing moves, and where?",
         )  # fmt: skip
@@ -421,13 +435,23 @@ class Asker:
         true = dict(self.scene.movers).get(thing) if self.scene.happening == "move" else None
         kind = self._of("way", "way", "way", "at all", "still")
         if kind == "way":
-            asked = true if true and self.random.random() < 0.5 else self._of("left", "right", "up", "down")
-            way = f"{self._of('to the ', '')}{asked}" if asked in ("left", "right") else self._of(asked, f"{asked}wards")
+            asked = (
+                true
+                if true and self.random.random() < 0.5
+                else self._of("left", "right", "up", "down")
+            )
+            way = (
+                f"{self._of('to the ', '')}{asked}"
+                if asked in ("left", "right")
+                else self._of(asked, f"{asked}wards")
+            )
             question = self._of(f"Is the {ref} moving {way}?", f"Does the {ref} move {way}?",
                                 f"Is the {ref} going {way}?", f"Did the {ref} move {way}?")  # fmt: skip
             yes = asked == true
         elif kind == "at all":
-            question = self._of(f"Does the {ref} move?", f"Is the {ref} moving?", f"Did the {ref} move?")
+            question = self._of(
+                f"Does the {ref} move?", f"Is the {ref} moving?", f"Did the {ref} move?"
+            )
             yes = self._moving(thing) != "does not move"
         else:
             question = self._of(f"Does the {ref} stand still?", f"Does the {ref} stay where it is?",
@@ -468,9 +492,9 @@ class Asker:
             self._of("vanish", "disappear", "go away"))  # fmt: skip
         question = self._of(
             f"In which frame does the {ref} {verb}?", f"When does the {ref} {verb}?", f"At which frame does the {ref} {verb}?",
-            f"In what frame did the {ref} {verb}?", f"Which frame is the first after the change?",
+            f"In what frame did the {ref} {verb}?", "Which frame is the first after the change?",
             f"In which frame does it {verb}?", "In which frame does something change?", "When did it change?",
-            f"In which frame does the change happen?",
+            "In which frame does the change happen?",
         )  # fmt: skip
         since = (self.scene.since or 0) + 1
         return question, f"In frame {since}.", {"frame": since}
@@ -493,7 +517,9 @@ class Asker:
                             "Were the frames shuffled?", "Are the frames out of order?")  # fmt: skip
         ordered = self.scene.happening == "move"
         yes = ordered == ("in" in question.split() or "right?" in question)
-        answer = f"{'Yes' if yes else 'No'}, the frames are {'in order' if ordered else 'out of order'}."
+        answer = (
+            f"{'Yes' if yes else 'No'}, the frames are {'in order' if ordered else 'out of order'}."
+        )
         return question, answer, {"answer": yes}
 
     def _frames(self) -> Made:
@@ -552,7 +578,15 @@ def _order(words: tuple[str, ...]) -> tuple[int, int]:
     return row, column
 
 
-_BEFORE = ("Please answer: ", "Look closely. ", "Tell me: ", "Question: ", "Hi. ", "Look at this. ", "Answer briefly: ")
+_BEFORE = (
+    "Please answer: ",
+    "Look closely. ",
+    "Tell me: ",
+    "Question: ",
+    "Hi. ",
+    "Look at this. ",
+    "Answer briefly: ",
+)
 _AFTER = (" Answer in one sentence.", " Answer briefly.", " Please be brief.", " Thanks.", " Answer in one short sentence.",
           " Keep it short.", " Please answer.")  # fmt: skip
 
@@ -560,15 +594,15 @@ _AFTER = (" Answer in one sentence.", " Answer briefly.", " Please be brief.", "
 def style(random: Random, question: str) -> str:
     """Return a question as somebody in a hurry, or somebody polite, would write it."""
     kind = random.random()
-    if kind < 0.12:
+    if kind < 0.08:
         question = question.lower()
-    elif kind < 0.2:
+    elif kind < 0.13:
         question = question.rstrip("?.")
-    elif kind < 0.25:
+    elif kind < 0.16:
         question = question.lower().rstrip("?.")
     kind = random.random()
-    if kind < 0.06:
+    if kind < 0.03:
         question = f"{random.choice(_BEFORE)}{question}"
-    elif kind < 0.14:
+    elif kind < 0.08:
         question = f"{question}{random.choice(_AFTER)}"
     return question

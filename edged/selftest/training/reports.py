@@ -9,12 +9,71 @@ from edged.selftest.training import objects
 from edged.selftest.training.objects import Answered, Facts
 from edged.selftest.training.questions import REFUSAL, listed, style, upper
 
-_MACHINES = (
-    "pump motor fan boiler tank valve compressor heater battery freezer oven door conveyor press robot lathe "
-    "mixer chiller inverter charger turbine generator filter furnace server rack cabinet cooler bearing gearbox "
-    "sensor line hall kitchen cellar greenhouse silo well reactor pipe inlet outlet supply return room zone"
-).split()
-_PARTS = "oil water air inlet outlet supply return core room case bearing winding coolant exhaust main".split()
+_MACHINES = [
+    "pump",
+    "motor",
+    "fan",
+    "boiler",
+    "tank",
+    "valve",
+    "compressor",
+    "heater",
+    "battery",
+    "freezer",
+    "oven",
+    "door",
+    "conveyor",
+    "press",
+    "robot",
+    "lathe",
+    "mixer",
+    "chiller",
+    "inverter",
+    "charger",
+    "turbine",
+    "generator",
+    "filter",
+    "furnace",
+    "server",
+    "rack",
+    "cabinet",
+    "cooler",
+    "bearing",
+    "gearbox",
+    "sensor",
+    "line",
+    "hall",
+    "kitchen",
+    "cellar",
+    "greenhouse",
+    "silo",
+    "well",
+    "reactor",
+    "pipe",
+    "inlet",
+    "outlet",
+    "supply",
+    "return",
+    "room",
+    "zone",
+]
+_PARTS = [
+    "oil",
+    "water",
+    "air",
+    "inlet",
+    "outlet",
+    "supply",
+    "return",
+    "core",
+    "room",
+    "case",
+    "bearing",
+    "winding",
+    "coolant",
+    "exhaust",
+    "main",
+]
 _UNITS = ("C", "C", "C", "°C", "F", "bar", "kPa", "V", "A", "W", "kW", "rpm", "%", "mm/s", "l/min", "dB", "ppm", "Hz",
           "lux", "cm", "mm", "kg", "K", "mbar", "mA", "")  # fmt: skip
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -75,7 +134,7 @@ def report(random: Random) -> Report:
         value = limit + random.randint(-12, 12)
     else:
         value = limit * random.uniform(0.2, 1.9) + random.randint(-3, 3)
-    places = random.choices((0, 1, 2), (75, 20, 5))[0]
+    places = random.choices((0, 1), (85, 15))[0]
     if places:
         limit = limit + random.random() if random.random() < 0.5 else limit
         value = value + random.uniform(-1, 1)
@@ -124,15 +183,12 @@ def _device(random: Random) -> str:
 def _written(random: Random, each: Report) -> str:
     """Return a report as devices write them."""
     unit = each.unit
-    if unit not in ("C", "F", "K", "V", "A", "W", "%") or random.random() < 0.7:
-        gap = " "
-    else:
-        gap = ""
+    gap = "" if unit in ("C", "F", "K", "V", "A", "W", "%") and random.random() < 0.3 else " "
     value = f"{each.value}{gap}{unit}".rstrip()
     limit = each.limit if random.random() < 0.6 else f"{each.limit}{gap}{unit}".rstrip()
-    bounds = ("minimum", "min", "at least") if each.least else ("limit", "limit", "limit", "max", "maximum", "at most")
+    bounds = ("minimum", "min") if each.least else ("limit", "limit", "limit", "max", "maximum")
     bound = random.choice(bounds)
-    colon = random.choice((": ", ": ", " ", " = ", " at ", " reads ", " is at "))
+    colon = random.choice((": ", ": ", ": ", " is at ", " reads "))
     if random.random() < 0.8:
         return f"{each.device}{colon}{value}, {bound} {limit}"
     return f"{each.device}{colon}{value} ({bound} {limit})"
@@ -148,29 +204,37 @@ _OPEN = (
     "", "", "Verdict?", "What is the verdict?", "What do you say?", "Check this.", "Check it.", "Judge this reading.",
     "What about it?", "Please check.", "How is it?", "What does it mean?", "What is your verdict?", "Summarise it.",
 )  # fmt: skip
-_FIRST = ("Report: ", "Check this: ", "Reading: ", "Is this fine? ", "Check this reading: ", "Sensor report: ")
+_FIRST = (
+    "Report: ",
+    "Check this: ",
+    "Reading: ",
+    "Is this fine? ",
+    "Check this reading: ",
+    "Sensor report: ",
+)
 _SEVERAL = ("Which is out of range?", "Is anything wrong?", "What is wrong?", "Which one is wrong?", "Any problems?",
             "Is everything fine?", "Which readings are out of range?", "Check them.", "")  # fmt: skip
 
 
 def ask(random: Random) -> Answered:
     """Return a question about one report or several."""
-    if random.random() < 0.2:
+    if random.random() < 0.12:
         return _about_several(random)
     each = report(random)
     text, said = _written(random, each), each.sentence
     kind = random.random()
-    end = "" if text.endswith(")") and random.random() < 0.5 else random.choice((".", ".", ".", ":", ""))
+    end = (
+        ""
+        if text.endswith(")") and random.random() < 0.5
+        else random.choice((".", ".", ".", ":", ""))
+    )
     if kind < 0.3:
         if random.random() < 0.65:
             asked, yes = random.choice(_ASKED), each.verdict == "ok"
         else:
             asked, yes = random.choice(_BAD), each.verdict != "ok"
         question = f"{text}{end} {asked}" if random.random() < 0.85 else f"{asked} {text}"
-        if asked.startswith("Is that too") or asked.startswith("What"):
-            answer = said
-        else:
-            answer = f"{'Yes' if yes else 'No'}, {said}"
+        answer = said if asked.startswith("Is that too") else f"{'Yes' if yes else 'No'}, {said}"
         facts: Facts = {"answer": yes} if random.random() < 0.5 else each.facts
     else:
         asked = random.choice(_OPEN)
@@ -195,7 +259,9 @@ def _about_several(random: Random) -> Answered:
     text = joint.join(_written(random, each) for each in found)
     question = f"{text}.{' ' if joint != chr(10) else chr(10)}{asked}".strip() if asked else text
     bad = [each for each in found if each.verdict != "ok"]
-    said = listed([f"{each.device} is too {each.verdict}" for each in bad]) if bad else "all are fine"
+    said = (
+        listed([f"{each.device} is too {each.verdict}" for each in bad]) if bad else "all are fine"
+    )
     if asked.startswith(("Is anything", "Any")):
         answer = f"{'Yes' if bad else 'No'}, {said}."
     elif asked.startswith("Is everything"):
@@ -217,7 +283,17 @@ _WHOM = ("person", "man", "woman", "dog", "cat", "car", "bicycle", "child", "bir
          "postman", "burglar", "visitor", "delivery", "flower", "computer", "ladder", "robot", "gun", "knife")  # fmt: skip
 _PLACES = ("France", "Italy", "the room", "Berlin", "the street", "Japan", "my garden", "London", "the garage",
            "the kitchen", "Paris", "Australia", "this town", "the office")  # fmt: skip
-_VERBS = ("doing", "eating", "wearing", "reading", "carrying", "saying", "holding", "thinking", "singing")
+_VERBS = (
+    "doing",
+    "eating",
+    "wearing",
+    "reading",
+    "carrying",
+    "saying",
+    "holding",
+    "thinking",
+    "singing",
+)
 _TASKS = ("Write a poem about {what}.", "Tell me a joke.", "Translate this into German: good morning.",
           "Write a story about a {whom}.", "Explain {what}.", "Summarise the history of {place}.", "Write code that sorts a list.",
           "What is the capital of {place}?", "Who is {who}?", "Who was {who}?", "What is {what}?", "How does {what} work?",

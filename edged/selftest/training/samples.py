@@ -65,6 +65,9 @@ class Writer:
         vocabulary = read_vocabulary(folder / "tokenizer.json")
         self._prompts = Prompts(self._encode, vocabulary, STYLES["phi3.5-vision"])
         self.end = vocabulary.controls["<|end|>"]
+        #: Pieces of text are from `first` up to the control tokens; `again` has no other meaning.
+        self.first, self.controls = 259, vocabulary.controls["<|endoftext|>"]
+        self.again = vocabulary.controls["<|placeholder1|>"]
         self.known: dict[Any, list[int]] = {}
 
     def _encode(self, text: str) -> list[int]:
@@ -77,6 +80,13 @@ class Writer:
         turns.append({"role": "user", "content": [*range(frames), question]})
         outline = self._prompts.outline(turns, None)
         return outline.fill(dict.fromkeys(range(frames), FRAME_TOKENS), FRAME)[0]
+
+    def words(self, colour: str, shape: str) -> list[int]:
+        """Return the tokens of a colour and of a shape, one each."""
+        colours, shapes = self._encode(colour), self._encode(shape)
+        if len(colours) != 1 or len(shapes) != 1:
+            raise ValueError(f"{colour} {shape} are more than a token each")
+        return [*colours, *shapes]
 
     def answer(self, answered: Answered) -> list[int]:
         """Return an answer's ids, its end token included.
@@ -107,9 +117,7 @@ class Row:
         self.weights += weights
 
 
-def row(
-    writer: Writer, asked: Sequence[Answered], frames: int, system: str | None = None
-) -> Row:
+def row(writer: Writer, asked: Sequence[Answered], frames: int, system: str | None = None) -> Row:
     """Return the row of questions about the same frames, or about none."""
     made, prompts = Row(), [writer.prompt(each.question, frames, system) for each in asked]
     shared = 0
@@ -139,7 +147,7 @@ def lessons(scene: Scene, frame: int, size: tuple[int, int]) -> tuple[Any, Any, 
 
     Returns:
         Names [FINE, FINE] (0: none) at the middles of things; names [9, NAMES], 1 where there is
-        one; where in its cell a lone thing is [9, 3]: right, down, and 1 if that counts.
+        one; where in its cell it is [9, 3]: right, down, and 1 if that counts.
     """
     fine = np.zeros((FINE, FINE), np.int64)
     names = np.zeros((SIDE * SIDE, NAMES), np.float32)
@@ -154,10 +162,10 @@ def lessons(scene: Scene, frame: int, size: tuple[int, int]) -> tuple[Any, Any, 
         fine[min(int(y * FINE), FINE - 1), min(int(x * FINE), FINE - 1)] = 1 + name
         row, column = min(int(y * SIDE), SIDE - 1), min(int(x * SIDE), SIDE - 1)
         cell = row * SIDE + column
-        alone = names[cell].sum() == 0
         names[cell, name] = 1
-        where[cell] = (x * SIDE - column - 0.5, y * SIDE - row - 0.5, float(alone))
-    return fine, names, where
+        where[cell] += (x * SIDE - column - 0.5, y * SIDE - row - 0.5, 1.0)
+    where[:, :2] /= np.maximum(where[:, 2:], 1)
+    return fine, names, where.clip(max=1)
 
 
 @dataclass(eq=False, slots=True)
@@ -174,12 +182,19 @@ class Batch:
     where: torch.Tensor | None
 
     @property
+    def truth(self) -> torch.Tensor:
+        """What an encoder that is never wrong would see; see `Encoder.see`."""
+        return torch.cat([20 * self.names - 10, self.where[..., :2]], -1)
+
+    @property
     def mask(self) -> torch.Tensor:
         """[rows, 1, length, length]: what may look at what."""
         length = self.ids.shape[1]
         before = torch.ones(length, length, dtype=torch.bool).tril()
         query, key = self.parts[:, :, None], self.parts[:, None, :]
-        return ((before & ((key == 0) | (key == query))) | torch.eye(length, dtype=torch.bool))[:, None]
+        return ((before & ((key == 0) | (key == query))) | torch.eye(length, dtype=torch.bool))[
+            :, None
+        ]
 
 
 class Samples(IterableDataset[Batch]):
@@ -189,10 +204,14 @@ class Samples(IterableDataset[Batch]):
         folder: where the tokenizer's files are.
         seed: the same seed gives the same batches.
         frames_only: scenes of one frame and no questions, for the encoder alone.
+        drawn: false: no pictures, for the decoder alone.
     """
 
-    def __init__(self, folder: Path, seed: int, *, frames_only: bool = False) -> None:
-        self._folder, self._seed, self._frames_only = folder, seed, frames_only
+    def __init__(
+        self, folder: Path, seed: int, *, frames_only: bool = False, drawn: bool = True
+    ) -> None:
+        self._folder, self._seed, self._drawn = folder, seed, drawn
+        self._frames_only = frames_only
 
     def __iter__(self) -> Iterator[Batch]:
         writer, random = Writer(self._folder), Random(self._seed)
@@ -200,7 +219,7 @@ class Samples(IterableDataset[Batch]):
             if self._frames_only:
                 yield _look(random, 96)
             else:
-                yield batch(writer, random)
+                yield batch(writer, random, drawn=self._drawn)
 
 
 def _look(random: Random, count: int) -> Batch:
@@ -209,31 +228,59 @@ def _look(random: Random, count: int) -> Batch:
     return _with_frames([(nothing, nothing, nothing, nothing)], scenes, random)
 
 
-def batch(writer: Writer, random: Random) -> Batch:
-    """Return the next batch: reports, single frames, or several."""
+def _copies(writer: Writer, random: Random) -> Row:
+    """Return tokens without sense, each run of them followed by itself.
+
+    To answer is to copy, most of the time: names, numbers, units. A decoder finds out how to copy
+    much sooner where there is nothing else to do.
+    """
+    made = Row()
+    for part in range(1, 5):
+        run = random.choices(range(writer.first, writer.controls), k=random.randint(4, 16))
+        again = [writer.again, *run]
+        made.add(
+            [*run, *again, *again, *again],
+            part,
+            0,
+            [0.0] * len(run) + ([0.0] + [1.0] * len(run)) * 3,
+        )
+    return made
+
+
+def copies(writer: Writer, random: Random) -> Batch:
+    """Return a batch of tokens to copy."""
+    return _with_frames(_padded([_copies(writer, random) for _ in range(14)]), [], random)
+
+
+def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
+    """Return the next batch: copies, reports, single frames, or several."""
     kind = random.random()
-    if kind < 0.2:
-        rows = []
-        for _ in range(10):
-            system = random.choice(reports.SYSTEMS) if random.random() < 0.2 else None
+    rows: list[Row] = []
+    if kind < 0.03:
+        return copies(writer, random)
+    if kind < 0.33:
+        for _ in range(7):
+            system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             asked = [
-                reports.refused(random, frames=False) if random.random() < 0.12 else reports.ask(random)
+                reports.refused(random, frames=False)
+                if random.random() < 0.12
+                else reports.ask(random)
                 for _ in range(6)
             ]
             rows.append(row(writer, asked, 0, system))
         return _with_frames(_padded(rows), [], random)
-    frames = 1 if kind < 0.45 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
-    rows, scenes = [], []
-    for _ in range(20 if frames == 1 else max(8, 64 // frames)):
+    frames = 1 if kind < 0.6 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    scenes = []
+    for _ in range(14 if frames == 1 else max(6, 40 // frames)):
         scenes.append(scene(random, frames))
         asker = Asker(scenes[-1], random)
         asked = [
             reports.refused(random, frames=True) if random.random() < 0.05 else asker.ask()
             for _ in range(9 if frames == 1 else 8)
         ]
-        system = random.choice(reports.SYSTEMS) if random.random() < 0.2 else None
+        system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
         rows.append(row(writer, asked, frames, system))
-    return _with_frames(_padded(rows), scenes, random)
+    return _with_frames(_padded(rows), scenes, random, drawn=drawn)
 
 
 def _padded(rows: Sequence[Row]) -> list[tuple[torch.Tensor, ...]]:
@@ -254,7 +301,11 @@ def _padded(rows: Sequence[Row]) -> list[tuple[torch.Tensor, ...]]:
 
 
 def _with_frames(
-    rows: Sequence[tuple[torch.Tensor, ...]], scenes: Sequence[Scene], random: Random
+    rows: Sequence[tuple[torch.Tensor, ...]],
+    scenes: Sequence[Scene],
+    random: Random,
+    *,
+    drawn: bool = True,
 ) -> Batch:
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not scenes:
@@ -262,8 +313,8 @@ def _with_frames(
     seen, taught = [], []
     for each in scenes:
         for n in range(each.frames):
-            picture = each.picture(n, random)
-            seen.append(torch.from_numpy(pixels(picture)))
-            taught.append(lessons(each, n, picture.size))
+            if drawn:
+                seen.append(torch.from_numpy(pixels(each.picture(n, random))))
+            taught.append(lessons(each, n, each.ground.size))
     fine, names, where = (torch.from_numpy(np.stack(each)) for each in zip(*taught, strict=True))
-    return Batch(*columns, torch.stack(seen), fine, names, where)  # type: ignore[arg-type]
+    return Batch(*columns, torch.stack(seen) if drawn else None, fine, names, where)  # type: ignore[arg-type]

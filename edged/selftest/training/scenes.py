@@ -6,6 +6,7 @@ Everything is drawn from the `random.Random` that is handed in, so that a seed i
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from dataclasses import dataclass, field
 from random import Random
@@ -117,8 +118,22 @@ class Scene:
             if (at := thing.path[frame]) is not None
         ]  # fmt: skip
 
+    def file(self, frame: int, random: Random) -> bytes:
+        """Return a frame's file as a camera might send it; each call disturbs the frame anew."""
+        picture = self._disturbed(frame, random)
+        if self.quality is None:
+            return encoded(picture, "PNG")
+        return encoded(picture, "JPEG", self.quality)
+
     def picture(self, frame: int, random: Random) -> Image.Image:
-        """Return a frame as a camera might send it; each call disturbs it anew."""
+        """Return what is in such a file."""
+        if self.quality is None:
+            return self._disturbed(frame, random)
+        picture = Image.open(io.BytesIO(self.file(frame, random)))
+        picture.load()
+        return picture
+
+    def _disturbed(self, frame: int, random: Random) -> Image.Image:
         picture = paint(self.ground, self.marks(frame), smooth=self.smooth)
         if self.blur:
             picture = picture.filter(ImageFilter.GaussianBlur(self.blur))
@@ -129,11 +144,6 @@ class Scene:
                 draw = np.random.default_rng(random.getrandbits(32))
                 levels += draw.standard_normal(levels.shape, np.float32) * self.noise
             picture = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
-        if self.quality is not None:
-            import io
-
-            picture = Image.open(io.BytesIO(encoded(picture, "JPEG", self.quality)))
-            picture.load()
         return picture
 
 
@@ -149,10 +159,10 @@ def scene(random: Random, frames: int) -> Scene:
 def _scene(random: Random, frames: int) -> Scene:
     ground, colours = _ground(random)
     if frames == 1:
-        count = random.choices(range(7), (3, 34, 25, 15, 10, 7, 6))[0]
+        count = random.choices(range(5), (3, 48, 28, 14, 7))[0]
         happening: Happening = "still"
     else:
-        count = random.choices((1, 2, 3, 4), (40, 32, 20, 8))[0]
+        count = random.choices((1, 2, 3), (55, 32, 13))[0]
         kinds: tuple[Happening, ...] = ("still", "move", "appear", "vanish", "jumble")
         happening = random.choices(kinds, (15, 40, 17, 17, 11 if frames > 2 else 0))[0]
         if happening == "still" and random.random() < 0.1:
@@ -164,20 +174,20 @@ def _scene(random: Random, frames: int) -> Scene:
     directions: list[Direction | None] = []
     cells = [(row, column) for row in range(3) for column in range(3)]
     random.shuffle(cells)
-    size_all = random.uniform(0.17, 0.3)
+    size_all = random.uniform(0.2, 0.32)
     for n, (colour, shape, rgb) in enumerate(names):
         size = size_all * random.uniform(0.85, 1.15)
         if count == 1 and random.random() < 0.35:
             size = random.uniform(0.25, 0.6)
-        size = min(max(size, 0.17), 0.6)
-        line = random.uniform(0.1, 0.22) if size > 0.17 and random.random() < 0.3 else None
+        size = min(max(size, 0.19), 0.6)
+        line = random.uniform(0.12, 0.22) if size > 0.22 and random.random() < 0.25 else None
         direction: Direction | None = None
         path: tuple[Point | None, ...]
         if n < movers:
-            direction = random.choice(list(DIRECTIONS))
-            path = _way(random, frames, size, direction)
+            way = random.choice(list(DIRECTIONS))
+            direction, path = way, _way(random, frames, size, way)
         else:
-            path = (_spot(random, cells, size),) * frames
+            path = (_spot(random, cells, size, ground.size),) * frames
         path = _clear(random, path, things, size, ground, cells, moving=n < movers)
         things.append(
             Thing(
@@ -213,9 +223,11 @@ def _scene(random: Random, frames: int) -> Scene:
         since=since,
         ground=ground,
         gain=1.0 if sharp else random.choice((1.0, random.uniform(0.65, 1.08))),
-        noise=0.0 if sharp or random.random() < 0.4 else random.uniform(1, 14),
-        blur=0.0 if sharp or random.random() < 0.8 else random.uniform(0.3, 1.1) * ground.width / 128,
-        quality=None if random.random() < 0.35 else random.randint(40, 95),
+        noise=0.0 if sharp or random.random() < 0.4 else random.uniform(1, 9),
+        blur=0.0
+        if sharp or random.random() < 0.8
+        else random.uniform(0.3, 0.8) * ground.width / 128,
+        quality=None if random.random() < 0.35 else random.randint(50, 95),
         smooth=random.random() < 0.75,
     )
 
@@ -234,15 +246,20 @@ def _with_path(thing: Thing, path: tuple[Point | None, ...]) -> Thing:
 # Where things are --------------------------------------------------------------------------------
 
 
-def _spot(random: Random, cells: list[tuple[int, int]], size: float) -> Point:
+def _spot(
+    random: Random, cells: list[tuple[int, int]], size: float, ground: tuple[int, int]
+) -> Point:
     """Return a point well inside a free cell, where a thing of this size is not cut off."""
     if not cells:
         raise NoRoomError
     cell = cells.pop()
-    least = max(0.07, size / 2 + 0.01)
     share = []
-    for third in (cell[1], cell[0]):
-        low, high = ((least, 0.28), (0.4, 0.6), (0.72, 1 - least))[third]
+    for third, side in ((cell[1], ground[0]), (cell[0], ground[1])):
+        # the encoder sees the frame in a square: there as well it shall be the same third
+        narrow = side / max(ground)
+        least = max(0.05, size * min(ground) / side / 2 + 0.01)
+        edge = min(0.28, 0.5 - 0.19 / narrow)
+        low, high = ((least, edge), (0.4, 0.6), (1 - edge, 1 - least))[third]
         if low > high:
             raise NoRoomError
         share.append(random.uniform(low, high))
@@ -255,8 +272,7 @@ def _way(random: Random, frames: int, size: float, direction: Direction) -> tupl
     least = max(0.06, size / 2 + 0.005)
     room = 1 - 2 * least
     length = random.uniform(min(0.22 + 0.03 * frames, 0.4), 0.85)
-    if length > room:
-        length = room
+    length = min(length, room)
     if length < 0.2 or length / (frames - 1) < 0.045:
         raise NoRoomError
     begin = random.uniform(least, 1 - least - length)
@@ -302,7 +318,7 @@ def _clear(
             return path
         if moving:
             break
-        path = (_spot(random, cells, size),) * len(path)
+        path = (_spot(random, cells, size, ground.size),) * len(path)
     raise NoRoomError
 
 
@@ -317,11 +333,12 @@ def _names(
         raise NoRoomError
     found: list[tuple[str, Shape, Rgb]] = []
     one_colour = random.choice(colours) if random.random() < 0.15 else None
-    one_shape = random.choice(SHAPES) if random.random() < 0.25 else None
+    shapes = (random.choice(SHAPES),) if random.random() < 0.25 else SHAPES
     for _ in range(_TRIES):
         if len(found) == count:
             return found
-        colour, shape = one_colour or random.choice(colours), one_shape or random.choice(SHAPES)
+        colour = one_colour or random.choice(colours)
+        shape = random.choice(shapes)
         twice = any(colour == c and shape == s for c, s, _ in found)
         if not twice or (alike and random.random() < 0.1):
             found.append((colour, shape, _rgb(random, colour)))
@@ -373,7 +390,9 @@ def _ground(random: Random) -> tuple[Image.Image, list[str]]:
     elif kind == "stripes":
         period = random.uniform(0.05, 0.25) * size[0]
         angle = random.choice((0.0, math.pi / 2, random.uniform(0, math.pi)))
-        share = (np.sin((xs * math.cos(angle) + ys * math.sin(angle)) * 2 * math.pi / period) > 0) * 1.0
+        share = (
+            np.sin((xs * math.cos(angle) + ys * math.sin(angle)) * 2 * math.pi / period) > 0
+        ) * 1.0
     else:
         share = (ys > size[1] * random.uniform(0.3, 0.8)) * 1.0
     levels = a + (b - a) * np.asarray(share, np.float32)[:, :, None]
@@ -419,6 +438,7 @@ def _apart(one: Rgb, other: Rgb) -> bool:
     """Tell whether two colours can be told from each other ("redmean", a cheap perceptual one)."""
     mean = (one[0] + other[0]) / 2
     red, green, blue = (a - b for a, b in zip(one, other, strict=True))
-    return math.sqrt(
-        (2 + mean / 256) * red**2 + 4 * green**2 + (2 + (255 - mean) / 256) * blue**2
-    ) > _CONTRAST
+    return (
+        math.sqrt((2 + mean / 256) * red**2 + 4 * green**2 + (2 + (255 - mean) / 256) * blue**2)
+        > _CONTRAST
+    )

@@ -1,4 +1,4 @@
-"""Training: the encoder alone for a while, then encoder and decoder together, INT4 in mind."""
+"""Training: encoder and decoder, each alone for a while, then together, INT4 in mind."""
 
 from __future__ import annotations
 
@@ -6,41 +6,55 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from edged.selftest.training.network import FRAME_TOKENS, NAMES, Decoder, Encoder, Linear
-from edged.selftest.training.samples import FRAME, Batch, Samples
-
-#: Of a run: steps of the encoder alone, and of both; the weights are rounded from that share on.
-LOOKING, STEPS, ROUNDED = 600, 2900, 0.8
+from edged.selftest.drawings import COLOURS, SHAPES
+from edged.selftest.training.network import NAMES, Decoder, Encoder, Linear
+from edged.selftest.training.samples import FRAME, Batch, Samples, Writer, copies
 
 
-def taught(encoder: Encoder, fine: Tensor, cells: Tensor, batch: Batch) -> Tensor:
-    """Return how far the encoder is from telling what is where."""
-    assert batch.fine is not None and batch.names is not None and batch.where is not None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How many steps each stage of a training takes."""
+
+    #: The encoder alone.
+    looking: int = 3000
+    #: The decoder alone: copying, at most, and answering about what it is told.
+    copying: int = 600
+    answering: int = 6000
+    #: The decoder on what the encoder sees; the second half with its weights rounded.
+    together: int = 1500
+
+
+def taught(encoder: Encoder, fine: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Return how far the encoder is from seeing what is where."""
     weight = torch.ones(1 + NAMES)
     weight[0] = 0.05
-    finely = functional.cross_entropy(encoder.fine_teacher(fine), batch.fine, weight)
-    said = encoder.coarse_teacher(cells)
-    names, where = said[..., :NAMES], said[..., NAMES:]
+    finely = functional.cross_entropy(encoder.teacher(fine), batch.fine, weight)
+    names, where = seen[..., :NAMES], seen[..., NAMES:]
     coarsely = functional.binary_cross_entropy_with_logits(names, batch.names, reduction="none")
     off = ((where - batch.where[..., :2]) ** 2).sum(-1) * batch.where[..., 2]
     return finely + coarsely.sum(-1).mean() + 4 * off.mean()
 
 
-def loss_of(encoder: Encoder, decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of the answers, that of the encoder's teachers, and the share of right tokens."""
-    lessons = torch.zeros(())
+def loss_of(encoder: Encoder, decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the answers' loss, and the share of right tokens.
+
+    Where a batch has no pictures, the decoder is told what is in them.
+    """
     embeds = decoder.model.embed_tokens(batch.ids.clamp(min=0))
-    if batch.pixels is not None:
-        fine, cells = encoder.cells(batch.pixels)
-        lessons = taught(encoder, fine, cells, batch)
-        tokens = encoder.tokens(cells).flatten(0, 1)
+    if batch.names is not None:
+        encoder.eval()
+        with torch.no_grad():
+            seen = batch.truth if batch.pixels is None else encoder.see(batch.pixels)[1]
+        tokens = encoder.tokens(seen).flatten(0, 1)
         embeds = embeds.masked_scatter((batch.ids == FRAME)[..., None], tokens)
     states = decoder(embeds, batch.mask, batch.positions)
     # a token is foretold by the one before it, which is always of the same question
@@ -48,7 +62,7 @@ def loss_of(encoder: Encoder, decoder: Decoder, batch: Batch) -> tuple[Tensor, T
     logits = decoder.lm_head(states[:, :-1][counts])
     wanted = batch.ids[:, 1:][counts]
     right = (logits.argmax(-1) == wanted).float().mean()
-    return functional.cross_entropy(logits, wanted), lessons, right.detach()
+    return functional.cross_entropy(logits, wanted), right.detach()
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,11 +72,14 @@ class Muon(torch.optim.Optimizer):
     iterates in bfloat16, which most CPUs have to emulate.
     """
 
-    def __init__(self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, matrices: list[torch.nn.Parameter], lr: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # noqa: ARG002  (torch's own signature)
+        """Take a step."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 state = self.state[matrix]
@@ -87,91 +104,161 @@ def _levelled(matrix: Tensor) -> Tensor:
 
 
 def _optimizers(encoder: Encoder, decoder: Decoder) -> list[torch.optim.Optimizer]:
-    """Return Muon for the decoder's matrices, and AdamW for everything else."""
+    """Return Muon for the decoder's matrices, and AdamW for what else it reads."""
     matrices = [p for n, p in decoder.named_parameters() if p.dim() == 2 and "layers" in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in decoder.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=0.02),
-        torch.optim.AdamW(
-            [{"params": rest, "lr": 3e-3}, {"params": [*encoder.parameters()], "lr": 1e-3}],
-            betas=(0.9, 0.98),
-            weight_decay=0.02,
-        ),
-    ]
+    read = [encoder.table, encoder.place, encoder.sub_gn, encoder.glb_gn]
+    adam = torch.optim.AdamW([*rest, *read], lr=3e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    return [Muon(matrices, lr=0.02), adam]
 
 
-def _pace(step: int, steps: int) -> float:
-    """Return the share of the full learning rate: a short rise, then down to nothing."""
-    return min(1.0, (step + 1) / 150) * min(1.0, 1.25 * (1 - step / steps))
-
-
-def _batches(folder: Path, seed: int, *, frames_only: bool) -> Iterator[Batch]:
-    samples = Samples(folder, seed, frames_only=frames_only)
+def _batches(folder: Path, seed: int, **kind: bool) -> Iterator[Batch]:
+    samples = Samples(folder, seed, **kind)
     return iter(DataLoader(samples, batch_size=None, num_workers=1, prefetch_factor=6))
 
 
-def train(folder: Path, encoder: Encoder, decoder: Decoder, *, looking: int, steps: int, seed: int) -> None:
+def train(folder: Path, encoder: Encoder, decoder: Decoder, *, plan: Plan, seed: int) -> None:
     """Train both.
 
     Args:
-        folder: the tokenizer's files; the weights are saved here now and then.
+        folder: the tokenizer's files; the weights are saved here after each stage.
         encoder: of frames.
         decoder: of tokens.
-        looking: steps of the encoder alone.
-        steps: steps of both.
+        plan: how long.
         seed: of everything that is drawn.
     """
-    began = time.monotonic()
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3, weight_decay=0.02)
-    batches = _batches(folder, seed, frames_only=True)
-    for step in range(looking):
+    writer = Writer(folder)
+    _look(encoder, _batches(folder, seed, frames_only=True), plan.looking)
+    _save(folder, encoder, decoder)
+    _copy(encoder, decoder, writer, Random(seed + 1), plan.copying)
+    words = torch.tensor([writer.words(colour, shape) for colour in COLOURS for shape in SHAPES])
+    encoder.name(decoder.model.embed_tokens(words).sum(1))
+    _save(folder, encoder, decoder)
+    told = _batches(folder, seed + 2, drawn=False)
+    _answer("answering", encoder, decoder, told, plan.answering, pace=0.5)
+    _save(folder, encoder, decoder)
+    seen = _batches(folder, seed + 3)
+    _answer("together", encoder, decoder, seen, plan.together, pace=0.15, rounded=0.5)
+    _save(folder, encoder, decoder)
+
+
+def _look(encoder: Encoder, batches: Iterator[Batch], steps: int) -> None:
+    """Teach the encoder what is where.
+
+    The rate has to go down to nothing: with the full one a frame in ten is seen wrongly that at the
+    end is seen right.
+    """
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=2.5e-3, weight_decay=0.02)
+    tally = _Tally("looking")
+    for step, batch in zip(range(steps), batches, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - 0.8 * step / max(looking, 1))
-        batch = next(batches)
-        assert batch.pixels is not None
-        loss = taught(encoder, *encoder.cells(batch.pixels), batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 49:
-            _say(kind="looking", step=step + 1, lessons=float(loss), s=time.monotonic() - began)
-    del batches
-    _save(folder, encoder, decoder)
+            group["lr"] = 2.5e-3 * min(1, (step + 1) / 100) * _fall(step, steps)
+        fine, seen = encoder.see(batch.pixels)
+        loss = taught(encoder, fine, seen, batch)
+        _step([optimizer], loss, [])
+        whole = ((seen[..., :NAMES] > 0) == (batch.names > 0)).all(-1).all(-1)
+        tally.add(step, loss=loss, frames=whole.float().mean())
+
+
+def _copy(encoder: Encoder, decoder: Decoder, writer: Writer, random: Random, steps: int) -> None:
+    """Teach the decoder to copy, until it can.
+
+    To answer is to copy, most of the time; where there is nothing else to do it is found out within
+    300 steps, and not within 1000 among the questions.
+    """
     optimizers = _optimizers(encoder, decoder)
-    full = [group["lr"] for each in optimizers for group in each.param_groups]
-    seen: list[tuple[float, float, float]] = []
-    for step, batch in zip(range(steps), _batches(folder, seed + 1, frames_only=False), strict=False):
-        Linear.rounding = step >= ROUNDED * steps
-        groups = [group for each in optimizers for group in each.param_groups]
-        for group, rate in zip(groups, full, strict=True):
-            group["lr"] = rate * _pace(step, steps)
-        loss, lessons, right = loss_of(encoder, decoder, batch)
-        for each in optimizers:
-            each.zero_grad(set_to_none=True)
-        (loss + 0.15 * lessons).backward()
-        torch.nn.utils.clip_grad_norm_([*encoder.parameters(), *decoder.parameters()], 1.0)
-        for each in optimizers:
-            each.step()
-        seen.append((float(loss), float(lessons), float(right)))
-        if step % 50 == 49:
-            means = [sum(column) / len(column) for column in zip(*seen, strict=True)]
-            _say(
-                kind="both", step=step + 1, loss=means[0], lessons=means[1], right=means[2],
-                s=time.monotonic() - began,
-            )  # fmt: skip
-            seen.clear()
-            if not all(math.isfinite(each) for each in means):
-                raise RuntimeError("the training has diverged")
-        if step % 500 == 499:
-            _save(folder, encoder, decoder)
+    tally = _Tally("copying")
+    lately = [0.0] * 10
+    for step in range(steps):
+        _set(optimizers, min(1, (step + 1) / 30))
+        loss, right = loss_of(encoder, decoder, copies(writer, random))
+        _step(optimizers, loss, [*decoder.parameters()])
+        tally.add(step, loss=loss, right=right)
+        lately = [*lately[1:], float(right)]
+        if sum(lately) > 0.9 * len(lately):
+            return
+    raise RuntimeError("the decoder has not learned to copy")
+
+
+def _answer(
+    stage: str,
+    encoder: Encoder,
+    decoder: Decoder,
+    batches: Iterator[Batch],
+    steps: int,
+    *,
+    pace: float,
+    rounded: float = 1.0,
+) -> None:
+    """Teach the decoder to answer; of the encoder only the tokens change, not what it sees.
+
+    Args:
+        stage: its name.
+        encoder: of frames.
+        decoder: of tokens.
+        batches: what is asked.
+        steps: how many.
+        pace: share of the full rate at the beginning.
+        rounded: from this share of the steps on the weights are rounded.
+    """
+    optimizers = _optimizers(encoder, decoder)
+    tally = _Tally(stage)
+    for step, batch in zip(range(steps), batches, strict=False):
+        Linear.rounding = step >= rounded * steps
+        _set(optimizers, pace * min(1, (step + 1) / 40) * _fall(step, steps))
+        loss, right = loss_of(encoder, decoder, batch)
+        _step(optimizers, loss, [*encoder.parameters(), *decoder.parameters()])
+        tally.add(step, loss=loss, right=right)
     Linear.rounding = False
-    _save(folder, encoder, decoder)
 
 
-def _say(**line: float | str) -> None:
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+def _fall(step: int, steps: int) -> float:
+    """Return the share of the full rate: from 1 down to 0 as a cosine does it."""
+    return 0.5 + 0.5 * math.cos(math.pi * step / steps)
+
+
+def _set(optimizers: list[torch.optim.Optimizer], share: float) -> None:
+    for each in optimizers:
+        for group in each.param_groups:
+            group["lr"] = share * group.setdefault("full", group["lr"])
+
+
+def _step(
+    optimizers: list[torch.optim.Optimizer], loss: Tensor, clipped: list[torch.nn.Parameter]
+) -> None:
+    for each in optimizers:
+        each.zero_grad(set_to_none=True)
+    loss.backward()
+    if clipped:
+        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+    for each in optimizers:
+        each.step()
+
+
+class _Tally:
+    """Says now and then how it goes."""
+
+    def __init__(self, stage: str, every: int = 50) -> None:
+        self._stage, self._every = stage, every
+        self._began = time.monotonic()
+        self._seen: list[dict[str, float]] = []
+
+    def add(self, step: int, **numbers: Tensor) -> None:
+        self._seen.append({name: float(number.detach()) for name, number in numbers.items()})
+        if (step + 1) % self._every:
+            return
+        means = {n: sum(each[n] for each in self._seen) / len(self._seen) for n in numbers}
+        self._seen.clear()
+        line = {n: round(mean, 4) for n, mean in means.items()}
+        seconds = round(time.monotonic() - self._began)
+        print(
+            json.dumps({"stage": self._stage, "step": step + 1, **line, "s": seconds}), flush=True
+        )
+        if not all(map(math.isfinite, means.values())):
+            raise RuntimeError("the training has diverged")
 
 
 def _save(folder: Path, encoder: Encoder, decoder: Decoder) -> None:
-    torch.save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, folder / "weights.pt")
+    weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
+    torch.save(weights, folder / "weights.pt")

@@ -1,0 +1,101 @@
+"""Make the small model: learn its vocabulary, train it, quantise it, fuse it, pin it.
+
+    python3 -m venv /tmp/train
+    /tmp/train/bin/pip install 'edged[train]'
+    /tmp/train/bin/python -m edged.selftest.training OUT
+
+On two cores it takes about two hours. `OUT` is then a model's folder like any other;
+`python -m edged.selftest.training.evaluate OUT` says how good it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+
+from edged.models.fuse import fuse
+from edged.selftest.training import reports
+from edged.selftest.training.export import export, write
+from edged.selftest.training.network import Decoder, Encoder, Shape
+from edged.selftest.training.questions import Asker
+from edged.selftest.training.scenes import scene
+from edged.selftest.training.train import Plan, train
+from edged.selftest.training.vocabulary import Vocabulary, phi3_vocabulary
+
+SEED = 20_240_423
+#: Pieces of the vocabulary, its control tokens not counted.
+PIECES = 1500
+
+
+def corpus() -> Iterator[str]:
+    """Yield what the vocabulary is learned from: questions and answers as in the training."""
+    random = Random(SEED)
+    for turn in range(2500):
+        frames = 1 if turn % 3 == 0 else random.choice((2, 3, 4, 6))
+        asker = Asker(scene(random, frames), random)
+        for _ in range(4):
+            asked = asker.ask()
+            yield asked.question
+            yield asked.answer
+        for _ in range(2):
+            asked = reports.ask(random)
+            yield asked.question
+            yield asked.answer
+        asked = reports.refused(random, frames=turn % 2 == 0)
+        yield asked.question
+        if turn % 10 == 0:
+            yield asked.answer
+    for system in reports.SYSTEMS:
+        yield from [system] * 20
+
+
+def rows(vocabulary: Vocabulary) -> int:
+    """Return the rows of the embedding: more than there are tokens, as in the real models."""
+    padded = -(-vocabulary.size // 32) * 32
+    return padded if padded > vocabulary.size else padded + 32
+
+
+def make(out: Path, work: Path, plan: Plan) -> None:
+    """Make the model's folder.
+
+    Args:
+        out: the folder; what was there is replaced.
+        work: for the weights, which stay there.
+        plan: how long the training is.
+    """
+    torch.manual_seed(SEED)
+    vocabulary = phi3_vocabulary(corpus(), PIECES)
+    write(work, vocabulary.files)
+    shape = Shape(vocabulary=rows(vocabulary))
+    encoder, decoder = Encoder(shape.hidden), Decoder(shape)
+    train(work, encoder, decoder, plan=plan, seed=SEED)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        export(out, Path(scratch), encoder, decoder, vocabulary)
+    fuse(out)
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(json.dumps({"made": str(out), "bytes": size}))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m edged.selftest.training")
+    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("--work", type=Path, help="keep the weights here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = options.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        make(options.out, work, Plan())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What the small model was taught is true of what it was shown."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from random import Random
+
+import jsonschema
+import pytest
+
+from edged.selftest.drawings import COLOURS
+from edged.selftest.training import reports
+from edged.selftest.training.questions import REFUSAL, Asker
+from edged.selftest.training.scenes import DIRECTIONS, Scene, scene
+
+SCENES = 150
+
+
+def scenes(seed: int, frames: int) -> list[Scene]:
+    random = Random(seed)
+    return [scene(random, frames) for _ in range(SCENES)]
+
+
+@pytest.mark.parametrize("frames", [2, 4, 8])
+def test_what_moves_goes_the_way_that_is_said(frames: int) -> None:
+    moved = [(each, *mover) for each in scenes(1, frames) for mover in each.movers]
+    assert {direction for _, _, direction in moved} >= set(DIRECTIONS)
+    for each, thing, direction in moved:
+        if direction is None:
+            continue
+        assert each.happening == "move"
+        dx, dy = DIRECTIONS[direction]
+        points = [at for at in thing.path if at is not None]
+        assert len(points) == frames
+        for (x, y), (later_x, later_y) in pairwise(points):
+            assert (later_x - x) * dx + (later_y - y) * dy > 0.015
+        drift = [x * abs(dy) + y * abs(dx) for x, y in points]
+        assert max(drift) - min(drift) < 0.1
+
+
+def test_a_jumbled_scene_goes_no_one_way() -> None:
+    jumbled = [each for each in scenes(2, 4) if each.happening == "jumble"]
+    assert jumbled
+    for each in jumbled:
+        ((thing, _),) = each.movers
+        xs, ys = zip(*(at for at in thing.path if at is not None), strict=True)
+        along = xs if max(xs) - min(xs) > max(ys) - min(ys) else ys
+        assert list(along) != sorted(along)
+        assert list(along) != sorted(along, reverse=True)
+        assert "out of order" in Asker(each, Random(0)).event()
+
+
+def test_what_appears_or_vanishes_does_so_in_the_frame_that_is_said() -> None:
+    changed = [each for each in scenes(3, 4) if each.happening in ("appear", "vanish")]
+    assert changed
+    for each in changed:
+        ((thing, _),) = each.movers
+        there = [at is not None for at in thing.path]
+        assert each.since is not None
+        assert there[each.since - 1] != there[each.since]
+        assert there[-1] == (each.happening == "appear")
+        said = Asker(each, Random(0)).event()
+        assert said.endswith(f"frame {each.since + 1}")
+        assert thing.name in said
+
+
+def test_nothing_else_changes() -> None:
+    for each in scenes(4, 4):
+        movers = [thing.name for thing, _ in each.movers]
+        for thing in each.things:
+            if thing.name not in movers:
+                assert len(set(thing.path)) == 1
+
+
+def test_a_description_names_everything_once() -> None:
+    described = 0
+    for each in scenes(5, 1):
+        said = Asker(each, Random(0)).describe()
+        if said is None or not each.things:
+            continue
+        described += 1
+        assert sum(said.count(f" {colour} ") for colour in COLOURS) == len(each.things)
+        for thing in each.things:
+            assert thing.name in said
+    assert described > SCENES / 2
+
+
+def test_colours_can_be_told_from_the_ground() -> None:
+    for each in scenes(6, 1):
+        for thing in each.things:
+            x, y = thing.path[0] or (0, 0)
+            behind = each.ground.getpixel((int(x * each.ground.width), int(y * each.ground.height)))
+            assert isinstance(behind, tuple)
+            assert max(abs(a - b) for a, b in zip(thing.rgb, behind, strict=True)) > 40
+
+
+def test_json_answers_are_what_their_schema_wants() -> None:
+    random = Random(7)
+    seen = 0
+    for n in range(SCENES):
+        asker = Asker(scene(random, random.choice((1, 1, 3, 4))), random)
+        for answered in [asker.ask() for _ in range(8)] + [reports.ask(random) for _ in range(4)]:
+            if answered.kind.startswith("json"):
+                value = json.loads(answered.answer)
+                assert json.dumps(value, ensure_ascii=False, separators=(",", ":")) == (
+                    answered.answer
+                ), n
+            if answered.schema is not None:
+                jsonschema.validate(json.loads(answered.answer), answered.schema)
+                seen += 1
+    assert seen > SCENES
+
+
+def test_a_verdict_follows_from_the_numbers() -> None:
+    random = Random(8)
+    verdicts = set()
+    for _ in range(500):
+        report = reports.report(random)
+        verdicts.add(report.verdict)
+        value, limit = float(report.value), float(report.limit)
+        good = value >= limit if report.least else value <= limit
+        assert (report.verdict == "ok") == good
+        assert ("is fine" in report.sentence) == good
+        assert report.sentence.startswith(report.device)
+        assert report.facts["ok"] is good
+        assert report.facts["alarm"] is not good
+    assert verdicts == {"ok", "high", "low"}
+
+
+def test_a_question_beyond_it_gets_the_one_answer() -> None:
+    random = Random(9)
+    for _ in range(300):
+        answered = reports.refused(random, frames=random.random() < 0.5)
+        assert answered.answer == REFUSAL
+        assert answered.question.strip()
+
+
+def test_a_seed_is_a_scene() -> None:
+    one, other = (scene(Random(10), 3) for _ in range(2))
+    assert one.things == other.things
+    assert one.file(1, Random(1)) == other.file(1, Random(1))
