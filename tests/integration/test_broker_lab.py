@@ -145,8 +145,9 @@ def account(broker: Shipped, user: str) -> dict[str, Any]:
 
 def observe(broker: Shipped, user: str, *filters: str, **options: Any) -> Observer:
     return Observer(
-        broker.port, "edged/door", filters=filters, only=True, **account(broker, user), **options
-    )
+        broker.port, "edged/door", filters=filters, only=True, documented=False,
+        **account(broker, user), **options,
+    )  # fmt: skip
 
 
 def tool(broker: Shipped, program: str, user: str, *arguments: str) -> list[str]:

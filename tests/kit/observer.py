@@ -67,6 +67,8 @@ class Observer:
         qos: to subscribe with.
         receive_maximum: MQTT 5: how many messages the broker may have under way to us.
         hold: acknowledge nothing until `release`.
+        documented: what comes must be as edged's own document says; false where others publish in
+            its name.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Observer:
         qos: int = 1,
         receive_maximum: int | None = None,
         hold: bool = False,
+        documented: bool = True,
     ) -> None:
         self.root = root
         self.base = root.rpartition("/")[0]
@@ -97,7 +100,7 @@ class Observer:
         self.subscriptions = 0
         #: What we published ourselves where edged publishes.
         self._forged: set[tuple[str, bytes]] = set()
-        self._document = Document(root)
+        self._document = Document(root) if documented else None
         self._held: dict[int, list[str]] = {}
         self._five = protocol == "5"
         self._host, self._port = host, port
@@ -253,7 +256,7 @@ class Observer:
         topic = topic[1:] if topic.startswith("/") else f"{self.root}/{topic}"
         if isinstance(payload, dict):
             payload = json.dumps(payload)
-        if self._document.is_told(topic):
+        if self._document is not None and self._document.is_told(topic):
             self._forged.add((topic, payload.encode() if isinstance(payload, str) else payload))
         given = None
         if properties:
@@ -542,13 +545,15 @@ class Observer:
 
     def _is_edgeds(self, each: Seen) -> bool:
         """Return whether our edged published this, and not a client, a test or another device."""
-        if not self._document.is_told(each.topic) or (each.topic, each.payload) in self._forged:
+        if self._document is None or not self._document.is_told(each.topic):
+            return False
+        if (each.topic, each.payload) in self._forged:
             return False
         ours = (f"{self.root}/", f"{self.base}/reply/")
         return each.topic.startswith(ours) or each.type != ""
 
     def _hold_to_document(self, each: Seen) -> Iterator[str]:
-        if not self._is_edgeds(each):
+        if self._document is None or not self._is_edgeds(each):
             return
         yield from self._document.told_wrong(
             each.topic,

@@ -5,11 +5,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from edged import sensors
+from edged.payloads import Host
 from edged.sensors import Sensors
 
 STAT = "cpu  {user} 0 0 {idle} 0 0 0 0 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n"
@@ -36,7 +36,7 @@ class Box:
         self.write("bin/vcgencmd", f"#!/bin/sh\n{script}\n")
         (self.root / "bin/vcgencmd").chmod(0o755)
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Host:
         """Read, then wait for the probe that is not waited for, and read again."""
         self.sensors.read()
         self.settle()
