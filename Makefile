@@ -43,6 +43,9 @@ bench-full: $(READY)  ## measure with a real model, text or fused vision: make b
 arm64: $(READY)  ## build the container image for 64-bit Arm and run it emulated; as root, on Debian x86-64
 	@deploy/arm64-check.sh
 
+soak: $(READY) test-tools  ## the mix of faults for ten minutes: nothing lost, nothing grows
+	@EDGED_TEST_MIX_S=600 $(BIN)/python -m pytest tests/faults/test_mix.py -s
+
 docs: $(READY)  ## write SETTINGS.md from the code
 	@{ printf '# Settings\n\nWritten by `make docs` from the code; `edged schema config` prints the same.\n\n'; \
 		$(BIN)/edged schema config --format markdown; } > SETTINGS.md
@@ -84,4 +87,7 @@ test-tools:
 	command -v mosquitto >/dev/null || missing="$$missing mosquitto"; \
 	command -v mosquitto_sub >/dev/null || missing="$$missing mosquitto-clients"; \
 	command -v strace >/dev/null || missing="$$missing strace"; \
+	command -v openssl >/dev/null || missing="$$missing openssl"; \
+	command -v shellcheck >/dev/null || missing="$$missing shellcheck"; \
+	command -v systemd-analyze >/dev/null || missing="$$missing systemd"; \
 	test -z "$$missing" || $(call get,$$missing,the tests need tools that are missing)
