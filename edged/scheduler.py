@@ -73,7 +73,7 @@ class Scheduler:
                 Code.QUEUE_FULL,
                 f"{taken} jobs wait, {held} of them yours; the queue takes {limit}{half}{kept}. "
                 "Send it again later",
-                retry_after_s=round(typical, 1) if typical else 10.0,
+                retry_after_s=max(0.1, round(typical, 1)) if typical else 10.0,
             )
         self._promised += 1
         self._held[client] += 1
