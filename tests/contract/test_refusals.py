@@ -128,7 +128,7 @@ def test_what_is_no_json_is_refused(observer: Observer, topic: str) -> None:
 def test_a_refusal_takes_milliseconds_while_the_engine_works(observer: Observer, what: str) -> None:
     payload = (NOT_JSON | MANY_FAULTS)[what]
     tries: list[float] = []
-    while not tries or (tries[-1] >= 0.05 and len(tries) < 4):  # a loaded machine is no slow edged
+    while not tries or (tries[-1] >= 0.05 and len(tries) < 16):  # a loaded machine is no slow edged
         tries.append(took_s(observer, refused(observer, payload)))
 
     assert min(tries) < 0.05
