@@ -265,6 +265,8 @@ await 600 ready grep -q '"state": "ready"' "$log"
 start_ms=$((($(date +%s%N) - begin) / 1000000))
 echo "ready after $start_ms ms, emulated"
 inside "${healthcheck[@]}" | sed -n 1p
+inside edged selftest
+inside edged selftest --json --set "mqtt.port=$port" >/dev/null || fail "the running edged does not pass its test"
 env "${settings[@]}" PYTHONPATH="$PWD" "$python" -m edged ask --max-tokens 16 "What is at the gate?"
 
 say "stopping"

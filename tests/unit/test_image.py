@@ -84,15 +84,13 @@ def test_every_file_that_is_copied_is_there_and_let_through(path: Path) -> None:
 
 def test_what_is_installed_was_checked_by_its_hash(path: Path) -> None:
     _, build, _ = stages(path)
-    runs = " ".join(all_of(build, "RUN"))
-    assert "--require-hashes --only-binary :all: --requirement requirements.lock" in runs
-    (install,) = re.findall(r"pip --python /opt/edged/bin/python install [^&]*", runs)
-    assert "--no-index --find-links" in install
-    extra = re.search(r"'\.\[(\w+)\]'$", install.strip())
-    assert extra is not None
-    assert extra[1] == ("cpu" if path == CPU else "cuda")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert extra[1] in project["optional-dependencies"]
+    commands = re.split(r"\s&&\s", " && ".join(all_of(build, "RUN")))
+    gets = [each for each in commands if re.search(r"pip .*(install|download)", each)]
+    for each in gets:
+        checked = "--require-hashes --only-binary :all: --requirement " in " ".join(each.split())
+        # what is built here, and the tools of the Jetson's build
+        assert checked or "--no-index" in each or (path == JETSON and "tools/bin/pip install" in each)
+    assert any("--require-hashes" in each for each in gets)
 
 
 def test_nothing_that_builds_is_left(path: Path) -> None:
