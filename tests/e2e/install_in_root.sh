@@ -129,6 +129,40 @@ for each in sysusers "tmpfiles --create"; do
     [ ! -s "$run/said" ] || fail "systemd-$each has something to say"
 done
 
+# another NAME: a copy of the bundle, to be changed; resum NAME: with hashes of what it holds now
+another() { cp -a "$root/media/bundle/$name" "$root/media/bundle/$1"; }
+resum() {
+    (cd "$root/media/bundle/$1" && rm SHA256SUMS &&
+        find . -type f -printf '%P\0' | xargs -0 sha256sum >../sums && mv ../sums SHA256SUMS)
+}
+old=$(readlink "$root/opt/edged")
+
+step "a new version that fails its own test does not take the old one's place"
+another broken
+python3 - "$root"/media/bundle/broken/wheels/edged-*.whl <<'PY'
+import sys, zipfile
+
+with zipfile.ZipFile(sys.argv[1]) as wheel:
+    files = {name: wheel.read(name) for name in wheel.namelist()}
+files["edged/cli.py"] = b"def main():\n    raise SystemExit('broken')\n"
+with zipfile.ZipFile(sys.argv[1], "w") as wheel:
+    for name, data in files.items():
+        wheel.writestr(name, data)
+PY
+resum broken
+if inside /media/bundle/broken/deploy/install.sh --no-start; then fail "it was taken"; fi
+[ "$(readlink "$root/opt/edged")" = "$old" ] || fail "the link is another"
+inside edged --version
+
+step "a good one does, and nothing is left of the others"
+another newer
+echo "# newer" >>"$root/media/bundle/newer/deploy/locks/cpu.lock"
+resum newer
+inside /media/bundle/newer/deploy/install.sh --no-start
+new=$(readlink "$root/opt/edged")
+[ "$new" != "$old" ] || fail "the link is the same"
+[ "$(ls "$root/opt/edged.d")" = "${new##*/}" ] || fail "left: $(ls "$root/opt/edged.d")"
+
 step "uninstalled, but for state and settings"
 inside "$install" --uninstall
 more_than "a state that is kept" ' \./(etc/edged|var/lib/edged)(/| )'

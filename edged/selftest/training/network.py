@@ -84,6 +84,15 @@ class Encoder(nn.Module):
         self.table = nn.Parameter(0.5 * torch.randn(2, SEEN, hidden))
         #: Says of which cell a token is, by view.
         self.place = nn.Parameter(0.6 * torch.randn(2, SIDE, SIDE, hidden))
+        with torch.no_grad():
+            # where something is speaks more softly than what it is; and from the start, a step to
+            # the next cell looks like a step of the same length within one
+            self.table[:, NAMES:] *= 0.4
+            across = torch.arange(SIDE) - (SIDE - 1) / 2
+            right, down = (WHERE * self.table[:, NAMES:]).unbind(1)
+            self.place += across[:, None] * right[:, None, None] + across[:, None, None] * (
+                down[:, None, None]
+            )
         self.sub_gn = nn.Parameter(torch.randn(1, 1, hidden))
         self.glb_gn = nn.Parameter(torch.randn(1, hidden))
 
@@ -196,8 +205,12 @@ class _Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(shape.hidden, eps=1e-5)
         self.post_attention_layernorm = nn.RMSNorm(shape.hidden, eps=1e-5)
 
-    def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor], wanted: Tensor | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), mask, turn)
+        if wanted is not None:
+            x = x[wanted]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -225,19 +238,21 @@ class Decoder(nn.Module):
                 std = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std)
 
-    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Return the last layer's states, normed.
+    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+        """Return the last layer's states, normed, of the tokens that are wanted, [count, hidden].
 
         Args:
             embeds: [batch, length, hidden].
             mask: [batch, 1, length, length], true where one may look.
             positions: [batch, length].
+            wanted: [batch, length], true where the next token is foretold.
         """
         half = self.shape.hidden // self.shape.heads // 2
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = positions[:, None, :, None] * torch.cat([frequencies, frequencies])
         turn = angles.cos(), angles.sin()
         x = embeds
+        last = self.model.layers[-1]
         for layer in self.model.layers:
-            x = layer(x, mask, turn)
+            x = layer(x, mask, turn, wanted if layer is last else None)
         return self.model.norm(x)

@@ -2,7 +2,7 @@
 
 A schema names its fields and spells its values as it likes: here each fact has several names and
 spellings, and any choice of facts may be asked for in any order. Under a schema the first token of
-an answer is not the model's choice, so it does not learn it there.
+an answer is not the model's choice, nor is any name of a field: so it does not learn them there.
 """
 
 from __future__ import annotations

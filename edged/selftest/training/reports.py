@@ -134,31 +134,26 @@ def report(random: Random) -> Report:
         value = limit + random.randint(-12, 12)
     else:
         value = limit * random.uniform(0.2, 1.9) + random.randint(-3, 3)
-    places = random.choices((0, 1), (85, 15))[0]
+    places = random.choices((0, 1), (90, 10))[0]
     if places:
-        limit = limit + random.random() if random.random() < 0.5 else limit
-        value = value + random.uniform(-1, 1)
-    places_of_limit = places if random.random() < 0.6 else 0
+        limit, value = limit + random.random(), value + random.uniform(-1, 1)
+    value = max(value, 0.0)
     return Report(
         device=_device(random),
-        value=f"{value:.{places}f}".replace("-0", "-0") if places else str(round(value)),
-        limit=f"{limit:.{places_of_limit}f}" if places_of_limit else str(round(limit)),
+        value=f"{value:.{places}f}",
+        limit=f"{limit:.{places}f}",
         unit=random.choice(_UNITS),
-        least=random.random() < 0.2,
+        least=random.random() < 0.25,
     )
 
 
 def _number(random: Random) -> float:
     kind = random.random()
-    if kind < 0.6:
+    if kind < 0.65:
         return random.randint(10, 99)
-    if kind < 0.78:
-        return random.randint(100, 999)
     if kind < 0.9:
-        return random.randint(0, 9)
-    if kind < 0.95:
-        return random.randint(1000, 9999)
-    return -random.randint(1, 40)
+        return random.randint(100, 999)
+    return random.randint(1, 9)
 
 
 def _device(random: Random) -> str:
@@ -172,16 +167,13 @@ def _device(random: Random) -> str:
         name = f"{random.choice(_PARTS)} {machine}"
     elif kind < 0.84:
         name = f"{machine} {random.choice(_LETTERS).upper()}{random.choice(('', random.randint(1, 9)))}"
-    elif kind < 0.92:
-        name = f"{random.choice(_LETTERS)}{random.randint(1, 99)}".upper()
     else:
-        word = "".join(random.choice(_LETTERS) for _ in range(random.randint(3, 7)))
-        name = f"{word} {random.randint(1, 9)}" if random.random() < 0.5 else word
+        name = f"{random.choice(_LETTERS)}{random.randint(1, 99)}".upper()
     return upper(name) if random.random() < 0.5 else name
 
 
-def _written(random: Random, each: Report) -> str:
-    """Return a report as devices write them."""
+def written(random: Random, each: Report) -> str:
+    """Return a report as devices write it."""
     unit = each.unit
     gap = "" if unit in ("C", "F", "K", "V", "A", "W", "%") and random.random() < 0.3 else " "
     value = f"{each.value}{gap}{unit}".rstrip()
@@ -221,7 +213,7 @@ def ask(random: Random) -> Answered:
     if random.random() < 0.12:
         return _about_several(random)
     each = report(random)
-    text, said = _written(random, each), each.sentence
+    text, said = written(random, each), each.sentence
     kind = random.random()
     end = (
         ""
@@ -256,7 +248,7 @@ def _about_several(random: Random) -> Answered:
         return _about_several(random)
     joint = random.choice(("; ", "; ", "\n", ". "))
     asked = random.choice(_SEVERAL)
-    text = joint.join(_written(random, each) for each in found)
+    text = joint.join(written(random, each) for each in found)
     question = f"{text}.{' ' if joint != chr(10) else chr(10)}{asked}".strip() if asked else text
     bad = [each for each in found if each.verdict != "ok"]
     said = (

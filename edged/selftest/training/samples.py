@@ -7,6 +7,7 @@ code, so that what is learned is what will be asked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,14 +89,40 @@ class Writer:
             raise ValueError(f"{colour} {shape} are more than a token each")
         return [*colours, *shapes]
 
-    def answer(self, answered: Answered) -> list[int]:
-        """Return an answer's ids, its end token included.
+    def answer(self, answered: Answered) -> tuple[list[int], list[float]]:
+        """Return an answer's ids, its end token included, and how much each counts.
 
-        A schema lets no white space stand before an answer; the tokenizer puts some there.
+        A schema lets no white space stand before an answer; the tokenizer puts some there. Of what
+        it asks for only values are the model's choice, and where they end.
         """
         if answered.schema is None:
-            return [*self._encode(f"<|assistant|>\n{answered.answer}")[1:], self.end]
-        return [*self._encode(f"\n{answered.answer}")[2:], self.end]
+            ids = [*self._encode(f"<|assistant|>\n{answered.answer}")[1:], self.end]
+            return ids, [1.0] * len(ids)
+        whole = self._tokenizer.encode(f"\n{answered.answer}", add_special_tokens=False)
+        chosen = _chosen(answered.answer)
+        weights = [
+            float(any(chosen[begin - 1 : end - 1])) if begin else 0.0
+            for begin, end in whole.offsets[2:]
+        ]
+        return [*whole.ids[2:], self.end], [*weights, 0.0]
+
+    def text(self, text: str) -> list[int]:
+        """Return a text's ids."""
+        return self._encode(text)
+
+
+#: The end of what a schema decides: a field's name, and what opens its value.
+_NAMED = re.compile(r'[\[{,]*"\w+":(?=[\[{])|[\[{,]*"\w+":"?|^\[?"?|[\]}]+$')
+
+
+def _chosen(answer: str) -> list[bool]:
+    """Return of each character of a JSON answer whether the model chose it."""
+    chosen = [True] * len(answer)
+    for found in _NAMED.finditer(answer):
+        # what closes the value before is a choice: to go on was possible
+        begin = found.start() + (answer[found.start()] in "]},")
+        chosen[begin : found.end()] = [False] * (found.end() - begin)
+    return chosen
 
 
 @dataclass(eq=False, slots=True)
@@ -126,10 +153,7 @@ def row(writer: Writer, asked: Sequence[Answered], frames: int, system: str | No
         shared = last
         made.add(prompts[0][:shared], 0, 0, [0.0] * shared)
     for n, (each, prompt) in enumerate(zip(asked, prompts, strict=True), 1):
-        answer = writer.answer(each)
-        weights = [1.0] * len(answer)
-        if each.schema is not None:
-            weights[0] = 0.0
+        answer, weights = writer.answer(each)
         rest = prompt[shared:]
         made.add([*rest, *answer], n, shared, [*([0.0] * len(rest)), *weights])
     return made
@@ -252,22 +276,36 @@ def copies(writer: Writer, random: Random) -> Batch:
     return _with_frames(_padded([_copies(writer, random) for _ in range(14)]), [], random)
 
 
+def _verdicts(writer: Writer, random: Random) -> Row:
+    """Return reports, each followed by one word: to compare numbers is learned by comparing many."""
+    made = Row()
+    for part in range(1, 25):
+        each = reports.report(random)
+        text = [*writer.text(reports.written(random, each)), writer.again]
+        verdict = writer.text(each.verdict)
+        made.add([*text, *verdict], part, 0, [0.0] * len(text) + [1.0] * len(verdict))
+    return made
+
+
+def verdicts(writer: Writer, random: Random) -> Batch:
+    """Return a batch of readings to compare with their limits."""
+    return _with_frames(_padded([_verdicts(writer, random) for _ in range(10)]), [], random)
+
+
 def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
-    """Return the next batch: copies, reports, single frames, or several."""
+    """Return the next batch: copies, comparisons, reports, single frames, or several."""
     kind = random.random()
     rows: list[Row] = []
-    if kind < 0.03:
+    if kind < 0.02:
         return copies(writer, random)
+    if kind < 0.06:
+        return verdicts(writer, random)
     if kind < 0.33:
-        for _ in range(7):
+        for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
-            asked = [
-                reports.refused(random, frames=False)
-                if random.random() < 0.12
-                else reports.ask(random)
-                for _ in range(6)
-            ]
-            rows.append(row(writer, asked, 0, system))
+            refused = random.random() < 0.12
+            asked = reports.refused(random, frames=False) if refused else reports.ask(random)
+            rows.append(row(writer, [asked], 0, system))
         return _with_frames(_padded(rows), [], random)
     frames = 1 if kind < 0.6 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
     scenes = []

@@ -56,11 +56,10 @@ def loss_of(encoder: Encoder, decoder: Decoder, batch: Batch) -> tuple[Tensor, T
             seen = batch.truth if batch.pixels is None else encoder.see(batch.pixels)[1]
         tokens = encoder.tokens(seen).flatten(0, 1)
         embeds = embeds.masked_scatter((batch.ids == FRAME)[..., None], tokens)
-    states = decoder(embeds, batch.mask, batch.positions)
     # a token is foretold by the one before it, which is always of the same question
-    counts = batch.weights[:, 1:] > 0
-    logits = decoder.lm_head(states[:, :-1][counts])
-    wanted = batch.ids[:, 1:][counts]
+    counts = functional.pad(batch.weights[:, 1:] > 0, (0, 1))
+    logits = decoder.lm_head(decoder(embeds, batch.mask, batch.positions, counts))
+    wanted = batch.ids[:, 1:][counts[:, :-1]]
     right = (logits.argmax(-1) == wanted).float().mean()
     return functional.cross_entropy(logits, wanted), right.detach()
 

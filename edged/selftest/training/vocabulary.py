@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+_WORDS = re.compile(r"[0-9\n]|▁?[^\W\d_]+|▁?(?:(?![^\W\d_])[^▁0-9\n])+|▁")
 RARE = 40  # characters seen less often have no piece of their own: they become bytes
 
 
@@ -104,11 +105,10 @@ def phi3_vocabulary(lines: Iterable[str], base: int) -> Vocabulary:
         lines: what it is learned from.
         base: how many pieces.
     """
-    # pieces begin at a space, digits and line ends stand alone, as in Llama's vocabulary
+    # pieces begin at a space, digits and line ends stand alone, as in Llama's vocabulary; and no
+    # piece is of letters and others, so that a word is the same before a comma and in quotes
     words = Counter(
-        tuple(word)
-        for line in lines
-        for word in re.findall(r"[0-9\n]|▁?[^▁0-9\n]+|▁", "▁" + line.replace(" ", "▁"))
+        tuple(word) for line in lines for word in _WORDS.findall("▁" + line.replace(" ", "▁"))
     )
     letters = Counter(letter for word, n in words.items() for letter in word * n)
     common = sorted(letter for letter, n in letters.items() if n >= RARE and letter != "\n")
