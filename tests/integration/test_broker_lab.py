@@ -114,6 +114,16 @@ class Shipped(Mosquitto):
         return f"user root\n{placed(DEBIAN, **places)}"
 
 
+class Composed(Shipped):
+    """The same with the configuration of compose.yaml's broker."""
+
+    def _config(self) -> str:
+        text = (SHIPPED.parent / "compose-mosquitto.conf").read_text()
+        places = {"/mosquitto/data": str(self.directory)}
+        places["/etc/mosquitto/conf.d"] = f"{self.directory}/conf.d"
+        return f"user root\n{placed(text, **places)}"
+
+
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the shipped script makes for the broker and for every user of the lab."""
@@ -305,6 +315,17 @@ def test_who_can_take_the_place_of_another(broker: Shipped) -> None:
 
 
 def test_a_killed_broker_keeps_a_waiting_request(broker: Shipped) -> None:
+    keeps_a_waiting_request(broker)
+
+
+def test_so_does_the_broker_of_the_containers(tmp_path: Path, certificates: Path) -> None:
+    with Composed(tmp_path, "tls", certificates) as broker:
+        keeps_a_waiting_request(broker)
+        with observe(broker, "desk", "#") as desk:
+            assert desk.send("request/text/hall", b"") == DENIED
+
+
+def keeps_a_waiting_request(broker: Shipped) -> None:
     with waiting_box(broker):
         pass
     with observe(broker, "desk") as desk:
