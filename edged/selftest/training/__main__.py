@@ -4,7 +4,7 @@
     /tmp/train/bin/pip install 'edged[train]'
     /tmp/train/bin/python -m edged.selftest.training OUT
 
-On two cores it takes about two hours. `OUT` is then a model's folder like any other;
+On two cores it takes about three hours. `OUT` is then a model's folder like any other;
 `python -m edged.selftest.training.evaluate OUT` says how good it is.
 """
 
@@ -67,7 +67,7 @@ def make(out: Path, work: Path, plan: Plan) -> None:
 
     Args:
         out: the folder; what was there is replaced.
-        work: for the weights, which stay there.
+        work: for the weights, which stay there, and the same model unrounded.
         plan: how long the training is.
     """
     torch.manual_seed(SEED)
@@ -76,20 +76,23 @@ def make(out: Path, work: Path, plan: Plan) -> None:
     shape = Shape(vocabulary=rows(vocabulary))
     encoder, decoder = Encoder(shape.hidden), Decoder(shape)
     train(work, encoder, decoder, plan=plan, seed=SEED)
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        export(out, Path(scratch), encoder, decoder, vocabulary)
-    fuse(out)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    print(json.dumps({"made": str(out), "bytes": size}))
+    for folder, precision in ((out, "int4"), (work / "unrounded", "fp32")):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            export(folder, Path(scratch), encoder, decoder, vocabulary, precision)
+        fuse(folder)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        print(json.dumps({"made": str(folder), "bytes": size}))
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m edged.selftest.training")
     parser.add_argument("out", type=Path, help="the folder to make")
-    parser.add_argument("--work", type=Path, help="keep the weights here")
+    parser.add_argument(
+        "--work", type=Path, help="keep the weights here, and the model before INT4"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)

@@ -223,15 +223,17 @@ def build(
     *options: str,
     provider: str = "cpu",
     filename: str = TEXT,
+    precision: str = "int4",
 ) -> None:
     """Run the official builder on a Hugging Face folder, then put the tokenizer's files back."""
+    if precision == "int4":
+        options = ("int4_block_size=32", "int4_accuracy_level=4", *options)
     subprocess.run(
         [
             *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
             *("-i", str(source), "-o", str(out), "-c", str(out / "cache")),
-            *("-p", "int4", "-e", provider),
-            *("--extra_options", "int4_block_size=32", "int4_accuracy_level=4"),
-            *(f"filename={filename}", *options),
+            *("-p", precision, "-e", provider),
+            *("--extra_options", f"filename={filename}", *options),
         ],
         check=True,
         capture_output=True,
@@ -293,7 +295,12 @@ def save_text(source: Path, decoder: Decoder, vocabulary: Vocabulary) -> None:
 
 
 def export(
-    out: Path, work: Path, encoder: Encoder, decoder: Decoder, vocabulary: Vocabulary
+    out: Path,
+    work: Path,
+    encoder: Encoder,
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    precision: str = "int4",
 ) -> None:
     """Write the model's folder, unfused.
 
@@ -303,11 +310,12 @@ def export(
         encoder: trained.
         decoder: trained.
         vocabulary: of the decoder.
+        precision: of its matrices, as the builder calls it.
     """
     source = work / "hf"
     source.mkdir()
     save_text(source, decoder, vocabulary)
-    build(source, out, vocabulary, "exclude_embeds=true")
+    build(source, out, vocabulary, "exclude_embeds=true", precision=precision)
     encoder.eval()
     write_vision(out / VISION, encoder)
     write_embedding(out / EMBEDDING, _array(decoder.model.embed_tokens.weight))

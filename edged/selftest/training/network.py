@@ -90,8 +90,9 @@ class Encoder(nn.Module):
             self.table[:, NAMES:] *= 0.4
             across = torch.arange(SIDE) - (SIDE - 1) / 2
             right, down = (WHERE * self.table[:, NAMES:]).unbind(1)
-            self.place += across[:, None] * right[:, None, None] + across[:, None, None] * (
-                down[:, None, None]
+            self.place += (
+                across[:, None] * right[:, None, None]
+                + across[:, None, None] * (down[:, None, None])
             )
         self.sub_gn = nn.Parameter(torch.randn(1, 1, hidden))
         self.glb_gn = nn.Parameter(torch.randn(1, hidden))
@@ -237,6 +238,20 @@ class Decoder(nn.Module):
                 # a token must stay the loudest voice in its own place, or nothing can be copied
                 std = 1.0 if "embed" in name else parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std)
+
+    def number(self, tokens: Tensor) -> None:
+        """Let numbers begin as what their digits are worth, so that they can be compared.
+
+        Args:
+            tokens: [1000], those of 0 to 999.
+        """
+        number = torch.arange(len(tokens))
+        digits = torch.stack([number // 100, number // 10 % 10, number % 10], 1)
+        hidden = self.shape.hidden
+        with torch.no_grad():
+            self.model.embed_tokens.weight[tokens] = 0.6 * torch.randn(len(tokens), hidden) + (
+                0.8 * (digits - 4.5) / 3 @ torch.randn(3, hidden)
+            )
 
     def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
         """Return the last layer's states, normed, of the tokens that are wanted, [count, hidden].

@@ -182,7 +182,7 @@ def about(random: Random, kind: str, question: str, answer: str, facts: Facts) -
         chosen = _chosen(random, facts, 1)
     free = is_free(random)
     made, schema = Form(random, free=free).fill(chosen)
-    if len(made) == 1 and {*chosen} <= _ANSWERS and random.random() < 0.45:
+    if [*chosen] == [first] and first in _ANSWERS and random.random() < 0.45:
         (value,), (wanted,) = made.values(), schema["properties"].values()
         key = random.choice(_NAMES["answer"])
         made, schema = {key: value}, _closed({key: wanted})

@@ -137,7 +137,7 @@ def report(random: Random) -> Report:
     places = random.choices((0, 1), (90, 10))[0]
     if places:
         limit, value = limit + random.random(), value + random.uniform(-1, 1)
-    value = max(value, 0.0)
+    value = min(max(value, 0.0), 999.0)
     return Report(
         device=_device(random),
         value=f"{value:.{places}f}",

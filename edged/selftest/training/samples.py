@@ -106,6 +106,10 @@ class Writer:
         ]
         return [*whole.ids[2:], self.end], [*weights, 0.0]
 
+    def numbers(self) -> list[int]:
+        """Return the tokens of 0 to 999."""
+        return [self._tokenizer.token_to_id(str(number)) for number in range(1000)]
+
     def text(self, text: str) -> list[int]:
         """Return a text's ids."""
         return self._encode(text)
@@ -277,13 +281,14 @@ def copies(writer: Writer, random: Random) -> Batch:
 
 
 def _verdicts(writer: Writer, random: Random) -> Row:
-    """Return reports, each followed by one word: to compare numbers is learned by comparing many."""
-    made = Row()
-    for part in range(1, 25):
+    """Return readings, each followed by one word: comparing is learned by comparing many."""
+    made, bare = Row(), random.random() < 0.6
+    for part in range(1, 41 if bare else 25):
         each = reports.report(random)
-        text = [*writer.text(reports.written(random, each)), writer.again]
-        verdict = writer.text(each.verdict)
-        made.add([*text, *verdict], part, 0, [0.0] * len(text) + [1.0] * len(verdict))
+        bound = "minimum" if each.least else "limit"
+        text = f"{each.value}, {bound} {each.limit}" if bare else reports.written(random, each)
+        ids, verdict = [*writer.text(text), writer.again], writer.text(each.verdict)
+        made.add([*ids, *verdict], part, 0, [0.0] * len(ids) + [1.0] * len(verdict))
     return made
 
 
@@ -298,16 +303,16 @@ def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
     rows: list[Row] = []
     if kind < 0.02:
         return copies(writer, random)
-    if kind < 0.06:
+    if kind < 0.09:
         return verdicts(writer, random)
-    if kind < 0.33:
+    if kind < 0.30:
         for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             refused = random.random() < 0.12
             asked = reports.refused(random, frames=False) if refused else reports.ask(random)
             rows.append(row(writer, [asked], 0, system))
         return _with_frames(_padded(rows), [], random)
-    frames = 1 if kind < 0.6 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    frames = 1 if kind < 0.58 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
     scenes = []
     for _ in range(14 if frames == 1 else max(6, 40 // frames)):
         scenes.append(scene(random, frames))

@@ -17,7 +17,10 @@ from torch.utils.data import DataLoader
 
 from edged.selftest.drawings import COLOURS, SHAPES
 from edged.selftest.training.network import NAMES, Decoder, Encoder, Linear
-from edged.selftest.training.samples import FRAME, Batch, Samples, Writer, copies
+from edged.selftest.training.samples import FRAME, Batch, Samples, Writer, copies, verdicts
+
+#: Share of the full rate once the decoder can copy: with more it learns less.
+_PACE = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +28,11 @@ class Plan:
     """How many steps each stage of a training takes."""
 
     #: The encoder alone.
-    looking: int = 3000
-    #: The decoder alone: copying, at most, and answering about what it is told.
+    looking: int = 4000
+    #: The decoder alone: copying, at most; comparing; answering about what it is told.
     copying: int = 600
-    answering: int = 6000
+    comparing: int = 400
+    answering: int = 4500
     #: The decoder on what the encoder sees; the second half with its weights rounded.
     together: int = 1500
 
@@ -130,15 +134,19 @@ def train(folder: Path, encoder: Encoder, decoder: Decoder, *, plan: Plan, seed:
     writer = Writer(folder)
     _look(encoder, _batches(folder, seed, frames_only=True), plan.looking)
     _save(folder, encoder, decoder)
+    decoder.number(torch.tensor(writer.numbers()))
     _copy(encoder, decoder, writer, Random(seed + 1), plan.copying)
     words = torch.tensor([writer.words(colour, shape) for colour in COLOURS for shape in SHAPES])
     encoder.name(decoder.model.embed_tokens(words).sum(1))
+    _compare(encoder, decoder, writer, Random(seed + 2), plan.comparing)
     _save(folder, encoder, decoder)
-    told = _batches(folder, seed + 2, drawn=False)
-    _answer("answering", encoder, decoder, told, plan.answering, pace=0.5)
+    course = _Course(encoder, decoder, plan.answering + plan.together)
+    course.run("answering", _batches(folder, seed + 3, drawn=False), plan.answering)
     _save(folder, encoder, decoder)
-    seen = _batches(folder, seed + 3)
-    _answer("together", encoder, decoder, seen, plan.together, pace=0.15, rounded=0.5)
+    half = plan.together // 2
+    batches = _batches(folder, seed + 4)
+    course.run("together", batches, half)
+    course.run("rounded", batches, plan.together - half, rounded=True)
     _save(folder, encoder, decoder)
 
 
@@ -180,36 +188,49 @@ def _copy(encoder: Encoder, decoder: Decoder, writer: Writer, random: Random, st
     raise RuntimeError("the decoder has not learned to copy")
 
 
-def _answer(
-    stage: str,
-    encoder: Encoder,
-    decoder: Decoder,
-    batches: Iterator[Batch],
-    steps: int,
-    *,
-    pace: float,
-    rounded: float = 1.0,
+def _compare(
+    encoder: Encoder, decoder: Decoder, writer: Writer, random: Random, steps: int
 ) -> None:
-    """Teach the decoder to answer; of the encoder only the tokens change, not what it sees.
+    """Teach the decoder to compare numbers, without forgetting how to copy."""
+    optimizers = _optimizers(encoder, decoder)
+    tally = _Tally("comparing")
+    for step in range(steps):
+        _set(optimizers, _PACE * min(1, (step + 1) / 15))
+        made = copies(writer, random) if step % 6 == 5 else verdicts(writer, random)
+        loss, right = loss_of(encoder, decoder, made)
+        _step(optimizers, loss, [*decoder.parameters()])
+        tally.add(step, loss=loss, right=right)
+
+
+class _Course:
+    """Teaches the decoder to answer; of the encoder only the tokens change, not what it sees.
 
     Args:
-        stage: its name.
         encoder: of frames.
         decoder: of tokens.
-        batches: what is asked.
-        steps: how many.
-        pace: share of the full rate at the beginning.
-        rounded: from this share of the steps on the weights are rounded.
+        steps: how many there will be in all; the rate goes down to nothing over them.
     """
-    optimizers = _optimizers(encoder, decoder)
-    tally = _Tally(stage)
-    for step, batch in zip(range(steps), batches, strict=False):
-        Linear.rounding = step >= rounded * steps
-        _set(optimizers, pace * min(1, (step + 1) / 40) * _fall(step, steps))
-        loss, right = loss_of(encoder, decoder, batch)
-        _step(optimizers, loss, [*encoder.parameters(), *decoder.parameters()])
-        tally.add(step, loss=loss, right=right)
-    Linear.rounding = False
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, steps: int) -> None:
+        self._encoder, self._decoder = encoder, decoder
+        self._optimizers = _optimizers(encoder, decoder)
+        self._done, self._steps = 0, steps
+
+    def run(
+        self, stage: str, batches: Iterator[Batch], steps: int, *, rounded: bool = False
+    ) -> None:
+        """Take some of the steps; `rounded`: with the weights as INT4 will have them."""
+        tally = _Tally(stage)
+        clipped = [*self._encoder.parameters(), *self._decoder.parameters()]
+        Linear.rounding = rounded
+        for step, batch in zip(range(steps), batches, strict=False):
+            begun = min(1, (self._done + 1) / 40)
+            _set(self._optimizers, _PACE * begun * _fall(self._done, self._steps))
+            loss, right = loss_of(self._encoder, self._decoder, batch)
+            _step(self._optimizers, loss, clipped)
+            tally.add(step, loss=loss, right=right)
+            self._done += 1
+        Linear.rounding = False
 
 
 def _fall(step: int, steps: int) -> float:

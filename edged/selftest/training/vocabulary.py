@@ -98,8 +98,23 @@ def learn(
     return vocabulary, merges
 
 
+def _add_numbers(vocabulary: dict[str, int], merges: list[str]) -> None:
+    """Give every number up to 999 a piece of its own, whichever two of its digits meet first.
+
+    Phi-3 reads digit by digit; a model as small as this one learns to compare numbers many times
+    sooner if each is one token.
+    """
+    for number in map(str, range(10, 1000)):
+        vocabulary[number] = len(vocabulary)
+    merges += [f"{n // 10} {n % 10}" for n in range(10, 100)]
+    for number in map(str, range(100, 1000)):
+        merges.append(f"{number[:2]} {number[2]}")
+        if number[1] != "0":
+            merges.append(f"{number[0]} {number[1:]}")
+
+
 def phi3_vocabulary(lines: Iterable[str], base: int) -> Vocabulary:
-    """Learn a vocabulary of Phi-3's kind: `base` pieces, then the control tokens.
+    """Learn a vocabulary of Phi-3's kind: `base` pieces and numbers, then the control tokens.
 
     Args:
         lines: what it is learned from.
@@ -116,6 +131,7 @@ def phi3_vocabulary(lines: Iterable[str], base: int) -> Vocabulary:
     head = [c.text for c in PHI3_HEAD] + [f"<0x{byte:02X}>" for byte in range(256)]
     words = Counter({word: n for word, n in words.items() if known.issuperset(word)})
     vocabulary, merges = learn(words, head + common, base)
+    _add_numbers(vocabulary, merges)
     ids = dict(vocabulary)
     for control in PHI3_CONTROLS:
         ids[control.text] = len(ids)
