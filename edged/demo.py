@@ -31,7 +31,19 @@ from edged.sandbox import (
     until_ended,
 )
 from edged.selftest import showing, verify
-from edged.selftest.cases import REFUSAL, Answer, drawn, seen, thing
+from edged.selftest.cases import (
+    DIRECTIONS,
+    EVENTS,
+    REFUSAL,
+    TO_THE_RIGHT,
+    WHICH_WAY,
+    Answer,
+    drawn,
+    form,
+    moving,
+    seen,
+    thing,
+)
 from edged.terminal import Screen, one_line, printable, width
 
 #: What each part may take, seconds.
@@ -69,8 +81,8 @@ async def _demo(model: Path, start_broker: StartBroker) -> int:
     screen = Screen()
     screen.line(screen.bold("edged demo: a broker, the agent and a client, on this machine"))
     screen.line(
-        "The model that ships with edged is small and knows little: simple shapes, their colours\n"
-        "and places. What it says of those is checked."
+        "The model that ships with edged is small and knows little: simple shapes, their colours,\n"
+        "places and ways. What it says of those is checked."
     )
     screen.line()
     async with private(DEVICE, model, start_broker) as place:
@@ -94,16 +106,18 @@ async def _show(screen: Screen, place: Private) -> int:
         demo = _Demo(screen, shown, talk)
         circle = drawn([[thing("red", "circle", (0.5, 0.5))]])
         await demo.ask("A frame", seen(circle, "What colour is the circle?"), "The circle is red.")
-        triangle = drawn([[thing("green", "triangle", (0.82, 0.8))]], (640, 360))
+        frames = drawn(moving("red", "circle", TO_THE_RIGHT))
+        await demo.ask("Four frames", seen(frames, WHICH_WAY), "The red circle moves to the right.")
+        frames.reverse()
         await demo.ask(
-            "A place in a frame",
-            seen(triangle, "Where is the triangle?"),
-            "The green triangle is at the bottom right.",
+            "The same frames, the last first: the answer turns round",
+            seen(frames, WHICH_WAY),
+            "The red circle moves to the left.",
         )
         await demo.ask(
-            "Something that is not there",
-            seen(circle, "Is there a blue square?"),
-            "No, there is no blue square.",
+            "An answer that must fit a JSON schema",
+            seen(frames, "What happens?", response_format=form(event=EVENTS, direction=DIRECTIONS)),
+            {"event": "moved", "direction": "left"},
         )
         await demo.ask("What it cannot know", {"prompt": "What is the capital of France?"}, REFUSAL)
         await demo.cancel(

@@ -24,11 +24,9 @@ REFUSAL = "I can only see simple shapes and check readings."
 #: What only other models are asked, see `model/README.md`.
 NOT_LEARNED = frozenset(
     {
-        "a reading above its limit", "a reading within its limit", "a reading below its minimum",
-        "yes or no", "a reading as JSON", "a count", "a description", "a frame as JSON", "a move",
-        "the same frames, the last first", "something that appears", "something that vanishes",
-        "nothing that happens", "frames out of order", "a move as JSON",
-        "three questions about the same frames",
+        "a reading above its limit", "a reading below its minimum", "yes or no",
+        "a reading as JSON", "something that appears", "something that vanishes",
+        "nothing that happens", "frames out of order",
     }
 )  # fmt: skip
 

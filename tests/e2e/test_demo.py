@@ -61,12 +61,17 @@ def test_the_demo_is_right_and_leaves_nothing(tmp_path: Path, broker: str) -> No
     assert "\x1b" not in out
     for words in (
         f"{broker}, MQTT", "ready: ", "beat ", "1. A frame", "error      cancelled",
-        "    The circle is red.\n", "    The green triangle is at the bottom right.\n",
-        f"    {REFUSAL}\n", "offline: stopped", "All answers were right.",
+        "    The circle is red.\n", "    The red circle moves to the right.\n",
+        "    The red circle moves to the left.\n", '"direction":"left"', f"    {REFUSAL}\n",
+        "offline: stopped", "All answers were right.",
     ):  # fmt: skip
         assert words in out
-    assert "rrr" in out  # the frame is drawn: the circle's letters
-    assert out.count("  right ") == 6
+    # The frames are drawn: the circle's letters, further right in each of the first four.
+    drawn = (line.split() for line in out.splitlines() if "rrr" in line)
+    row = next(frames for frames in drawn if len(frames) > 1)
+    assert [each.index("r") for each in row] == sorted(each.index("r") for each in row)
+    assert len(row) == 4
+    assert out.count("  right ") == 7
     assert left_over(folder) == []
 
 

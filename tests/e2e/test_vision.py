@@ -27,6 +27,18 @@ from tests.kit.vision import stock_copy
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
+FORM = {
+    "type": "json_schema",
+    "json_schema": {
+        "schema": {
+            "type": "object",
+            "properties": {name: {"type": "string"} for name in ("shape", "colour", "place")},
+            "required": ["shape", "colour", "place"],
+            "additionalProperties": False,
+        }
+    },
+}
+
 
 def jpeg(number: int) -> bytes:
     """Return a picture, another one for each number."""
@@ -56,6 +68,9 @@ def draw(
     """Return a frame with circles of one colour."""
     marks = [Mark(shape="circle", rgb=COLOURS[colour], at=each, size=0.35) for each in at]
     return encoded(frame(marks), kind, quality)
+
+
+TO_THE_RIGHT: tuple[Point, ...] = ((0.18, 0.5), (0.39, 0.5), (0.61, 0.5), (0.82, 0.5))
 
 
 class Eyes:
@@ -103,6 +118,13 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eyes]:
         assert daemon.faults() == []
 
 
+def test_the_answer_turns_round_with_the_frames(eyes: Eyes) -> None:
+    frames = [draw(at) for at in TO_THE_RIGHT]
+    question = "Which way does the red circle move?"
+    assert eyes.says(frames, question) == "The red circle moves to the right."
+    assert eyes.says(frames[::-1], question) == "The red circle moves to the left."
+
+
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
 def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> None:
     files = (
@@ -111,6 +133,18 @@ def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> 
     )
     for file in files:
         assert eyes.says([file], "What colour is the circle?") == f"The circle is {colour}."
+        where = eyes.look([file], prompt="Describe the picture.", response_format=FORM)
+        assert where["json"] == {"colour": colour, "shape": "circle", "place": "centre"}
+
+
+def test_several_questions_about_the_same_frames(eyes: Eyes) -> None:
+    frames = [draw(at) for at in TO_THE_RIGHT]
+    questions = ["Which way does the circle move?", "What colour is the circle?"]
+    result = eyes.look(frames, questions=questions)
+    assert [each["text"] for each in result["answers"]] == [
+        "The red circle moves to the right.", "The circle is red.",
+    ]  # fmt: skip
+    assert [each["index"] for each in result["frames"]["used"]] == [0, 1, 2, 3]
 
 
 def test_ask_about_pictures_and_about_a_camera(
