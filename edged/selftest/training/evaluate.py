@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=int, default=0, help="print so many wrong answers")
     options = parser.parse_args()
     jobs = list(questions(Random(options.seed), options.jobs))
-    scores = asyncio.run(measure(options.model, jobs, options.wrong))
+    scores = asyncio.run(measure(options.model.resolve(), jobs, options.wrong))
     print("| questions | right |\n|---|---|")
     for group, score in sorted(scores.items()):
         print(f"| {group} | {score} |")
