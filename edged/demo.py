@@ -82,7 +82,7 @@ async def _demo(model: Path, start_broker: StartBroker) -> int:
     screen.line(screen.bold("edged demo: a broker, the agent and a client, on this machine"))
     screen.line(
         "The model that ships with edged is small and knows little: simple shapes, their colours,\n"
-        "places and ways. What it says of those is checked."
+        "and which way they move. What it says of those is checked."
     )
     screen.line()
     async with private(DEVICE, model, start_broker) as place:

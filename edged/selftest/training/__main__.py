@@ -30,7 +30,7 @@ from edged.selftest.training.train import Plan, train
 from edged.selftest.training.vocabulary import Vocabulary, phi3_vocabulary
 
 SEED = 20_240_423
-#: Pieces of the vocabulary, its control tokens not counted.
+#: Pieces of the vocabulary, numbers and control tokens not counted.
 PIECES = 1500
 
 
@@ -71,7 +71,7 @@ def make(out: Path, work: Path, plan: Plan) -> None:
         plan: how long the training is.
     """
     torch.manual_seed(SEED)
-    vocabulary = phi3_vocabulary(corpus(), PIECES)
+    vocabulary = phi3_vocabulary(corpus(), PIECES, whole=True)
     write(work, vocabulary.files)
     shape = Shape(vocabulary=rows(vocabulary))
     encoder, decoder = Encoder(shape.hidden), Decoder(shape)

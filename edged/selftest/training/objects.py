@@ -8,6 +8,7 @@ an answer is not the model's choice, nor is any name of a field: so it does not 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -27,6 +28,23 @@ class Answered:
     answer: str
     #: The JSON schema of the request; None: there is none.
     schema: dict[str, Any] | None = field(default=None, repr=False)
+
+
+#: What a schema decides: the names of fields, and what opens their values.
+_DECIDED = re.compile(r'[\[{,]*"\w+":"?')
+
+
+def chosen(answer: str) -> list[bool]:
+    """Return of each character of a JSON answer whether it is the model's choice under a schema.
+
+    Values are, and the character after each, for there the value could have gone on; and whether a
+    list goes on.
+    """
+    choice = [True] * len(answer)
+    for found in _DECIDED.finditer(answer):
+        begin = found.start() + (answer[found.start()] != "{")
+        choice[begin : found.end()] = [False] * (found.end() - begin)
+    return choice
 
 
 _NAMES: Mapping[str, tuple[str, ...]] = {

@@ -7,7 +7,6 @@ code, so that what is learned is what will be asked.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from edged.ports import Turn
 from edged.selftest.drawings import COLOURS, SHAPES
 from edged.selftest.training import reports
 from edged.selftest.training.network import CROP, FRAME_TOKENS, NAMES, SIDE
-from edged.selftest.training.objects import Answered
+from edged.selftest.training.objects import Answered, chosen
 from edged.selftest.training.questions import Asker
 from edged.selftest.training.scenes import Scene, scene
 
@@ -99,9 +98,9 @@ class Writer:
             ids = [*self._encode(f"<|assistant|>\n{answered.answer}")[1:], self.end]
             return ids, [1.0] * len(ids)
         whole = self._tokenizer.encode(f"\n{answered.answer}", add_special_tokens=False)
-        chosen = _chosen(answered.answer)
+        choice = chosen(answered.answer)
         weights = [
-            float(any(chosen[begin - 1 : end - 1])) if begin else 0.0
+            float(any(choice[begin - 1 : end - 1])) if begin else 0.0
             for begin, end in whole.offsets[2:]
         ]
         return [*whole.ids[2:], self.end], [*weights, 0.0]
@@ -113,20 +112,6 @@ class Writer:
     def text(self, text: str) -> list[int]:
         """Return a text's ids."""
         return self._encode(text)
-
-
-#: The end of what a schema decides: a field's name, and what opens its value.
-_NAMED = re.compile(r'[\[{,]*"\w+":(?=[\[{])|[\[{,]*"\w+":"?|^\[?"?|[\]}]+$')
-
-
-def _chosen(answer: str) -> list[bool]:
-    """Return of each character of a JSON answer whether the model chose it."""
-    chosen = [True] * len(answer)
-    for found in _NAMED.finditer(answer):
-        # what closes the value before is a choice: to go on was possible
-        begin = found.start() + (answer[found.start()] in "]},")
-        chosen[begin : found.end()] = [False] * (found.end() - begin)
-    return chosen
 
 
 @dataclass(eq=False, slots=True)

@@ -19,8 +19,8 @@ from edged.selftest.drawings import COLOURS, SHAPES
 from edged.selftest.training.network import NAMES, Decoder, Encoder, Linear
 from edged.selftest.training.samples import FRAME, Batch, Samples, Writer, copies, verdicts
 
-#: Share of the full rate once the decoder can copy: with more it learns less.
-_PACE = 0.3
+#: Shares of the full rate once the decoder can copy: with more it learns less.
+_COMPARING, _ANSWERING = 0.3, 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ def _compare(
     optimizers = _optimizers(encoder, decoder)
     tally = _Tally("comparing")
     for step in range(steps):
-        _set(optimizers, _PACE * min(1, (step + 1) / 15))
+        _set(optimizers, _COMPARING * min(1, (step + 1) / 15))
         made = copies(writer, random) if step % 6 == 5 else verdicts(writer, random)
         loss, right = loss_of(encoder, decoder, made)
         _step(optimizers, loss, [*decoder.parameters()])
@@ -225,7 +225,7 @@ class _Course:
         Linear.rounding = rounded
         for step, batch in zip(range(steps), batches, strict=False):
             begun = min(1, (self._done + 1) / 40)
-            _set(self._optimizers, _PACE * begun * _fall(self._done, self._steps))
+            _set(self._optimizers, _ANSWERING * begun * _fall(self._done, self._steps))
             loss, right = loss_of(self._encoder, self._decoder, batch)
             _step(self._optimizers, loss, clipped)
             tally.add(step, loss=loss, right=right)

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-_WORDS = re.compile(r"[0-9\n]|▁?[^\W\d_]+|▁?(?:(?![^\W\d_])[^▁0-9\n])+|▁")
+#: Where pieces end: at a space, and digits and line ends stand alone, as in Llama's vocabulary.
+_PHI3 = re.compile(r"[0-9\n]|▁?[^▁0-9\n]+|▁")
+#: And between letters and others, so that a word is the same before a comma and in quotes.
+_WHOLE = re.compile(r"[0-9\n]|▁?[^\W\d_]+|▁?(?:(?![^\W\d_])[^▁0-9\n])+|▁")
 RARE = 40  # characters seen less often have no piece of their own: they become bytes
 
 
@@ -113,17 +116,17 @@ def _add_numbers(vocabulary: dict[str, int], merges: list[str]) -> None:
             merges.append(f"{number[0]} {number[1:]}")
 
 
-def phi3_vocabulary(lines: Iterable[str], base: int) -> Vocabulary:
-    """Learn a vocabulary of Phi-3's kind: `base` pieces and numbers, then the control tokens.
+def phi3_vocabulary(lines: Iterable[str], base: int, *, whole: bool = False) -> Vocabulary:
+    """Learn a vocabulary of Phi-3's kind: `base` pieces, then the control tokens.
 
     Args:
         lines: what it is learned from.
         base: how many pieces.
+        whole: no piece is of letters and others, and each number up to 999 is one more piece.
     """
-    # pieces begin at a space, digits and line ends stand alone, as in Llama's vocabulary; and no
-    # piece is of letters and others, so that a word is the same before a comma and in quotes
+    split = _WHOLE if whole else _PHI3
     words = Counter(
-        tuple(word) for line in lines for word in _WORDS.findall("▁" + line.replace(" ", "▁"))
+        tuple(word) for line in lines for word in split.findall("▁" + line.replace(" ", "▁"))
     )
     letters = Counter(letter for word, n in words.items() for letter in word * n)
     common = sorted(letter for letter, n in letters.items() if n >= RARE and letter != "\n")
@@ -131,7 +134,8 @@ def phi3_vocabulary(lines: Iterable[str], base: int) -> Vocabulary:
     head = [c.text for c in PHI3_HEAD] + [f"<0x{byte:02X}>" for byte in range(256)]
     words = Counter({word: n for word, n in words.items() if known.issuperset(word)})
     vocabulary, merges = learn(words, head + common, base)
-    _add_numbers(vocabulary, merges)
+    if whole:
+        _add_numbers(vocabulary, merges)
     ids = dict(vocabulary)
     for control in PHI3_CONTROLS:
         ids[control.text] = len(ids)

@@ -11,8 +11,12 @@ import pytest
 
 from edged.selftest.drawings import COLOURS
 from edged.selftest.training import reports
+from edged.selftest.training.objects import chosen
 from edged.selftest.training.questions import REFUSAL, Asker
 from edged.selftest.training.scenes import DIRECTIONS, Scene, scene
+from edged.selftest.training.vocabulary import phi3_vocabulary
+from tests.kit.daemon import ROOT
+from tests.models import make
 
 SCENES = 150
 
@@ -110,6 +114,25 @@ def test_json_answers_are_what_their_schema_wants() -> None:
                 jsonschema.validate(json.loads(answered.answer), answered.schema)
                 seen += 1
     assert seen > SCENES
+
+
+def decided(answer: str) -> str:
+    """Return an answer with a dot for each character that is the model's choice."""
+    return "".join("." if mine else c for c, mine in zip(answer, chosen(answer), strict=True))
+
+
+def test_under_a_schema_only_values_are_the_models_choice() -> None:
+    assert decided('{"colour":"red","count":3,"ok":true}') == (
+        '{"colour":"....."count":.."ok":.....'
+    )
+    assert decided('{"count":2,"things":[{"shape":"star"},{"shape":"cross"}]}') == (
+        '{"count":.."things":.{"shape":".......{"shape":".........'
+    )
+
+
+def test_the_tests_model_has_the_vocabulary_that_its_script_learns() -> None:
+    learned = phi3_vocabulary(make.corpus(), 1200).files["tokenizer.json"]
+    assert json.loads((ROOT / "tests/models/phi3/tokenizer.json").read_text()) == learned
 
 
 def test_a_verdict_follows_from_the_numbers() -> None:
