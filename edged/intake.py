@@ -121,6 +121,8 @@ class Intake:
             sender.reply = self._property_reply(message)
             self._check_envelope(message, sender, topic.client)
             body = self._read(message, sender)
+            # until it is stored the body is held once, not a second time as it came
+            slot.message = replace(message, payload=None)
             if topic.request == "cancel":
                 self._cancel(slot, sender, body)
             else:
