@@ -180,8 +180,17 @@ from edged.engine.messages import Order
 from edged.ports import Task
 from edged.selftest import model_dir
 
-PROMPTS = ("What does the door sensor say?", "List where the cat was.", "Who is where? Grüße, 猫")
-SCHEMA = {"type": "array", "items": {"enum": ["kitchen", "hall"]}, "minItems": 6, "maxItems": 6}
+# What it was taught: to other questions two tokens may be as likely as each other, and then the last
+# bits decide, which are not the same on all processors.
+PROMPTS = ("pump 3: 61 C, limit 65. Check this.", "What is the capital of France?", "Tell me a joke.")
+READING = {"device": {"type": "string"}, "value": {"type": "integer"}, "limit": {"type": "integer"}}
+SCHEMA = {
+    "type": "object",
+    "properties": READING,
+    "required": [*READING],
+    "additionalProperties": False,
+}
+READINGS = ("pump 3: 61 C, limit 65.", "Tank 2: 12 bar, minimum 20.", "fan 7: 415 rpm, limit 900.")
 
 
 class Desk:
@@ -208,8 +217,8 @@ class Desk:
 backend = GenaiBackend()
 backend.load(Order(model="small", path=str(model_dir()), provider="cpu", threads=1, max_context=512))
 answers = []
-for schema in (None, SCHEMA):
-    for prompt in PROMPTS:
+for schema, prompts in ((None, PROMPTS), (SCHEMA, READINGS)):
+    for prompt in prompts:
         desk = Desk()
         turn = {"role": "user", "content": prompt}
         done = backend.run(
