@@ -249,6 +249,7 @@ broker=$!
 model=$(inside python -c 'from edged.selftest import model_dir; print(model_dir())')
 settings=(
     "EDGED_DEVICE=arm64-check"
+    "EDGED_MQTT__HOST=127.0.0.1" # no runtime wrote an /etc/hosts
     "EDGED_MQTT__PORT=$port"
     "EDGED_MODEL__PATH=$model"
     "EDGED_MODEL__THREADS=1"

@@ -182,10 +182,18 @@ class Health:
         if faults:
             return Condition.DEGRADED, "; ".join(faults)
         if self._engine.info is None or not self._subscribed:
-            what = "loading the model" if self._engine.info is None else "subscribing"
-            return Condition.STARTING, what
+            return Condition.STARTING, self._awaited()
         self._was_ready = True
         return Condition.READY, "an engine answers, requests are taken"
+
+    def _awaited(self) -> str:
+        """Return what a start waits for."""
+        awaited = ["loading the model"] if self._engine.info is None else []
+        if self._bus.session is not None:
+            return awaited[0] if awaited else "subscribing"
+        if self._bus.state.last_reason is not None:
+            awaited.append(f"no connection to the broker: {self._bus.state.last_reason}")
+        return "; ".join(awaited) or "connecting to the broker"
 
     def _faults(self) -> list[str]:
         engine = self._engine.status

@@ -134,9 +134,8 @@ def test_ready_waits_for_the_broker(tmp_path: Path, manager: NotifySocket) -> No
     with Daemon(tmp_path, 1, options=("--reconnect", "0.1"), env=manager.env()) as daemon:
         daemon.wait_log("engine.loaded")
         daemon.wait_log("mqtt.disconnected", client_id="edged-box")
-        manager.wait(
-            lambda: any("subscribing" in x for _, x in manager.said), "the status that says so"
-        )
+        said = "STATUS=starting: no connection to the broker: connection refused"
+        manager.wait(lambda: said in [x for _, x in manager.said], "the status that says so")
         assert "READY=1" not in manager.lines()
 
 
