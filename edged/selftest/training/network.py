@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edged.selftest.drawings import COLOURS, SHAPES
+from edged.selftest.training.changes import CHANGES, EVENTS
 
 #: Pixels a side of a crop, and tokens a side.
 CROP, SIDE = 96, 3
 #: Of a frame: its one crop, the global view, a separator at each row's end and one between them.
 FRAME_TOKENS = 2 * SIDE * SIDE + 1 + 2 * SIDE
+#: A scene has at most so many.
+MOST_FRAMES = 8
 #: Names of things.
 NAMES = len(COLOURS) * len(SHAPES)
 #: Numbers that the detector gives for a cell: names, and where.
@@ -33,7 +36,7 @@ class Shape:
     vocabulary: int
     hidden: int = 192
     inner: int = 512
-    layers: int = 4
+    layers: int = 6
     heads: int = 6
 
 
@@ -174,10 +177,13 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         batch, length, hidden = x.shape
         q, k, v = (
-            each.view(batch, length, self.heads, -1).transpose(1, 2)
+            each.view(batch, length, self.heads, -1).transpose(1, 2).float()
             for each in self.qkv_proj(x).chunk(3, -1)
         )
-        out = functional.scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v, mask)
+        with torch.autocast("cpu", enabled=False):  # in bfloat16 it is slower
+            out = functional.scaled_dot_product_attention(
+                _turned(q, turn), _turned(k, turn), v, mask
+            )
         return self.o_proj(out.transpose(1, 2).reshape(batch, length, hidden))
 
 
@@ -253,8 +259,12 @@ class Decoder(nn.Module):
                 0.8 * (digits - 4.5) / 3 @ torch.randn(3, hidden)
             )
 
-    def forward(self, embeds: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
+    def forward(
+        self, embeds: Tensor, mask: Tensor, positions: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the last layer's states, normed, of the tokens that are wanted, [count, hidden].
+
+        And what each layer was given, [batch, length, hidden].
 
         Args:
             embeds: [batch, length, hidden].
@@ -266,8 +276,44 @@ class Decoder(nn.Module):
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float32) / half)
         angles = positions[:, None, :, None] * torch.cat([frequencies, frequencies])
         turn = angles.cos(), angles.sin()
-        x = embeds
+        x, given = embeds, []
         last = self.model.layers[-1]
         for layer in self.model.layers:
+            given.append(x)
             x = layer(x, mask, turn, wanted if layer is last else None)
-        return self.model.norm(x)
+        return self.model.norm(x), given
+
+
+class Watcher(nn.Module):
+    """Asks the decoder, halfway up and only in training, what changes from frame to frame.
+
+    Questions alone say little about it, a whole scene in a word or two: it takes many thousand
+    steps until frames are compared at all.
+    """
+
+    #: The layers that are given what the heads read: of cells, and of frames.
+    CELLS, FRAMES = 3, 4
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.cells = nn.Linear(hidden, len(CHANGES))
+        #: By what is asked of a frame; see `samples.watched`.
+        self.frames = nn.ModuleList(
+            nn.Linear(hidden, n) for n in (len(EVENTS), 1 + NAMES, MOST_FRAMES, MOST_FRAMES)
+        )
+
+    def forward(self, given: list[Tensor], frames: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return logits of the frames' cells [frames, 2, 9, changes], and of each question.
+
+        Args:
+            given: what each layer was given.
+            frames: [batch, length], true where a frame's token is.
+        """
+        cells = given[self.CELLS][frames].view(-1, FRAME_TOKENS, given[0].shape[-1])
+        ends = given[self.FRAMES][frames].view_as(cells)[:, -1]
+        places = [
+            view * (FRAME_TOKENS // 2 + 1) + row * (SIDE + 1) + column
+            for view in range(2) for row in range(SIDE) for column in range(SIDE)
+        ]  # fmt: skip
+        seen = cells[:, places].unflatten(1, (2, SIDE * SIDE))
+        return self.cells(seen), [head(ends) for head in self.frames]

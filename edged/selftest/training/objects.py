@@ -31,7 +31,7 @@ class Answered:
 
 
 #: What a schema decides: the names of fields, and what opens their values.
-_DECIDED = re.compile(r'[\[{,]*"\w+":"?')
+_DECIDED = re.compile(r'[\[{,]*"\w+":(?:\[(?!\]))?"?')
 
 
 def chosen(answer: str) -> list[bool]:
@@ -211,12 +211,17 @@ def about(random: Random, kind: str, question: str, answer: str, facts: Facts) -
     return answered(random, kind, question, made, schema, free=free)
 
 
+def given(random: Random, kind: str, question: str, facts: Facts) -> Answered:
+    """Return a question with an object of these facts for its answer, in this order."""
+    free = is_free(random)
+    made, schema = Form(random, free=free).fill(facts)
+    return answered(random, kind, question, made, schema, free=free)
+
+
 def whole(random: Random, facts: Facts, *, several: bool) -> Answered:
     """Return a wish for an object about all there is."""
-    free = is_free(random)
-    made, schema = Form(random, free=free).fill(_chosen(random, facts, 2))
     wish = random.choice(_SEVERAL_WISHES if several else _WISHES)
-    return answered(random, "whole", wish, made, schema, free=free)
+    return given(random, "whole", wish, _chosen(random, facts, 2))
 
 
 def several(random: Random, facts: Sequence[Facts]) -> Answered:

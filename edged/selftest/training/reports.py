@@ -7,7 +7,7 @@ from random import Random
 
 from edged.selftest.training import objects
 from edged.selftest.training.objects import Answered, Facts
-from edged.selftest.training.questions import REFUSAL, listed, style, upper
+from edged.selftest.training.questions import REFUSAL, style, upper
 
 _MACHINES = [
     "pump",
@@ -100,28 +100,42 @@ class Report:
         return "high" if value > limit else "ok"
 
     @property
+    def said(self) -> str:
+        """The verdict as a sentence has it."""
+        return "fine" if self.verdict == "ok" else f"too {self.verdict}"
+
+    @property
     def sentence(self) -> str:
-        """What is to be said of it."""
+        """What is to be said of it.
+
+        The two numbers come first, and the verdict at once after them: so small a model cannot
+        compare what it has not just said.
+        """
         value, limit = (f"{each} {self.unit}".strip() for each in (self.value, self.limit))
         bound = "minimum" if self.least else "limit"
-        if self.verdict == "ok":
-            return f"{self.device} is fine: {value} is within the {bound} of {limit}."
-        side = "below" if self.least else "above"
-        return f"{self.device} is too {self.verdict}: {value} is {side} the {bound} of {limit}."
+        return f"{self.device} reads {value}, {bound} {limit}: {self.said}."
 
     @property
     def facts(self) -> Facts:
-        """What a JSON object may say of it."""
+        """What a JSON object may say of it, in this order."""
         number = [float(each) if "." in each else int(each) for each in (self.value, self.limit)]
         return {
-            "verdict": self.verdict,
-            "ok": self.verdict == "ok",
-            "alarm": self.verdict != "ok",
             "device": self.device,
             "reading": number[0],
             "floor" if self.least else "limit": number[1],
             **({"unit": self.unit} if self.unit else {}),
+            "verdict": self.verdict,
+            "ok": self.verdict == "ok",
+            "alarm": self.verdict != "ok",
         }
+
+    def some_facts(self, random: Random) -> Facts:
+        """Return some of the facts; where one is a verdict, the numbers as well."""
+        facts = self.facts
+        names = {*random.sample([*facts], random.randint(1, 5))}
+        if names & {"verdict", "ok", "alarm"}:
+            names |= {"reading", "floor" if self.least else "limit"}
+        return {name: fact for name, fact in facts.items() if name in names}
 
 
 def report(random: Random) -> Report:
@@ -134,10 +148,12 @@ def report(random: Random) -> Report:
         value = limit + random.randint(-12, 12)
     else:
         value = limit * random.uniform(0.2, 1.9) + random.randint(-3, 3)
-    places = random.choices((0, 1), (90, 10))[0]
-    if places:
-        limit, value = limit + random.random(), value + random.uniform(-1, 1)
     value = min(max(value, 0.0), 999.0)
+    places = random.choices((0, 1), (92, 8))[0]
+    if places:
+        if int(value) == int(limit):  # no more to compare than whole numbers
+            value += 1 if value < 500 else -1
+        limit, value = int(limit) + random.uniform(0, 0.94), int(value) + random.uniform(0, 0.94)
     return Report(
         device=_device(random),
         value=f"{value:.{places}f}",
@@ -213,32 +229,31 @@ def ask(random: Random) -> Answered:
     if random.random() < 0.12:
         return _about_several(random)
     each = report(random)
-    text, said = written(random, each), each.sentence
-    kind = random.random()
+    text, answer = written(random, each), each.sentence
     end = (
         ""
         if text.endswith(")") and random.random() < 0.5
         else random.choice((".", ".", ".", ":", ""))
     )
-    if kind < 0.3:
+    yes: bool | None = None
+    if random.random() < 0.3:
         if random.random() < 0.65:
             asked, yes = random.choice(_ASKED), each.verdict == "ok"
         else:
             asked, yes = random.choice(_BAD), each.verdict != "ok"
         question = f"{text}{end} {asked}" if random.random() < 0.85 else f"{asked} {text}"
-        answer = said if asked.startswith("Is that too") else f"{'Yes' if yes else 'No'}, {said}"
-        facts: Facts = {"answer": yes} if random.random() < 0.5 else each.facts
+        yes = None if asked.startswith("Is that too") else yes
     else:
         asked = random.choice(_OPEN)
         question = f"{text}{end} {asked}".strip() if asked else f"{text}{end}".rstrip(":")
         if not asked and random.random() < 0.3:
             question = f"{random.choice(_FIRST)}{text}."
-        answer, facts = said, each.facts
         if question.startswith("Is this fine?"):
-            answer = f"{'Yes' if each.verdict == 'ok' else 'No'}, {said}"
+            yes = each.verdict == "ok"
     if random.random() < 0.35:
-        names = random.sample([*facts], len(facts))
-        return objects.about(random, "report", question, answer, {n: facts[n] for n in names})
+        return objects.given(random, "report", question, each.some_facts(random))
+    if yes is not None:
+        answer = f"{answer[:-1]}, so {'yes' if yes else 'no'}."
     return Answered(kind="report", question=question, answer=answer)
 
 
@@ -250,16 +265,7 @@ def _about_several(random: Random) -> Answered:
     asked = random.choice(_SEVERAL)
     text = joint.join(written(random, each) for each in found)
     question = f"{text}.{' ' if joint != chr(10) else chr(10)}{asked}".strip() if asked else text
-    bad = [each for each in found if each.verdict != "ok"]
-    said = (
-        listed([f"{each.device} is too {each.verdict}" for each in bad]) if bad else "all are fine"
-    )
-    if asked.startswith(("Is anything", "Any")):
-        answer = f"{'Yes' if bad else 'No'}, {said}."
-    elif asked.startswith("Is everything"):
-        answer = f"{'No' if bad else 'Yes'}, {said}."
-    else:
-        answer = f"{said if bad else upper(said)}."
+    answer = " ".join(each.sentence for each in found)
     return Answered(kind="reports", question=question, answer=answer)
 
 

@@ -7,6 +7,7 @@ code, so that what is learned is what will be asked.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,8 @@ from edged.models.fuse import OPERATOR_DOES
 from edged.models.geometry import Geometry
 from edged.ports import Turn
 from edged.selftest.drawings import COLOURS, SHAPES
-from edged.selftest.training import reports
+from edged.selftest.training import changes, reports
+from edged.selftest.training.changes import CHANGES, EVENTS
 from edged.selftest.training.network import CROP, FRAME_TOKENS, NAMES, SIDE
 from edged.selftest.training.objects import Answered, chosen
 from edged.selftest.training.questions import Asker
@@ -43,6 +45,9 @@ GEOMETRY = Geometry(
 )
 #: Stands for a frame's tokens in a row of ids.
 FRAME = -1
+#: How much it counts that a value ends under a schema: any of the tokens that end it is right.
+ENDS = 0.5
+_ENDS = ('"', '","', '"}', ",", ',"', "}")
 #: Cells a side of the map that the encoder's finer teacher looks at.
 FINE = 12
 _COUNTS, _COUNT_WEIGHTS = (2, 3, 4, 5, 6, 8), (15, 20, 40, 10, 8, 7)
@@ -68,7 +73,11 @@ class Writer:
         #: Pieces of text are from `first` up to the control tokens; `again` has no other meaning.
         self.first, self.controls = 259, vocabulary.controls["<|endoftext|>"]
         self.again = vocabulary.controls["<|placeholder1|>"]
-        self.known: dict[Any, list[int]] = {}
+        #: Tokens that end a string, and those that end another value, [2, tokens].
+        self.ends = torch.zeros(2, self._tokenizer.get_vocab_size(), dtype=torch.bool)
+        for token, number in self._tokenizer.get_vocab().items():
+            if token in _ENDS:
+                self.ends[int(token[0] != '"'), number] = True
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -92,17 +101,17 @@ class Writer:
         """Return an answer's ids, its end token included, and how much each counts.
 
         A schema lets no white space stand before an answer; the tokenizer puts some there. Of what
-        it asks for only values are the model's choice, and where they end.
+        it asks for only values are the model's choice, and that they end, not what comes then.
         """
         if answered.schema is None:
             ids = [*self._encode(f"<|assistant|>\n{answered.answer}")[1:], self.end]
             return ids, [1.0] * len(ids)
         whole = self._tokenizer.encode(f"\n{answered.answer}", add_special_tokens=False)
         choice = chosen(answered.answer)
-        weights = [
-            float(any(choice[begin - 1 : end - 1])) if begin else 0.0
-            for begin, end in whole.offsets[2:]
-        ]
+        weights = []
+        for number, (begin, end) in zip(whole.ids[2:], whole.offsets[2:], strict=True):
+            counts = begin > 0 and any(choice[begin - 1 : end - 1])
+            weights.append(0.0 if not counts else ENDS if self.ends[:, number].any() else 1.0)
         return [*whole.ids[2:], self.end], [*weights, 0.0]
 
     def numbers(self) -> list[int]:
@@ -122,7 +131,7 @@ class Row:
     positions: list[int] = field(default_factory=list)
     #: 0: seen by all; else a question's number.
     parts: list[int] = field(default_factory=list)
-    #: How much the token counts; 0 where it was given.
+    #: 1 where the token counts, `ENDS` where it is an end, 0 where it was given.
     weights: list[float] = field(default_factory=list)
 
     def add(self, ids: Sequence[int], part: int, begin: int, weights: Sequence[float]) -> None:
@@ -181,6 +190,20 @@ def lessons(scene: Scene, frame: int, size: tuple[int, int]) -> tuple[Any, Any, 
     return fine, names, where.clip(max=1)
 
 
+def watched(scene: Scene, frame: int) -> tuple[Any, Any]:
+    """Return what the decoder is to make of a frame after those before it.
+
+    Returns:
+        The index in `CHANGES` of each cell, [9]; and of the scene so far, [4]: the index in
+        `EVENTS`; the name of the thing that it happens to, from 1, or 0; the frame since when
+        something is there or gone, or 0; the frame itself.
+    """
+    cells = [CHANGES.index(each) for each in changes.cells(scene, frame, SIDE)]
+    found = changes.so_far(scene, frame)
+    name = 1 + names_index(found.thing.colour, found.thing.shape) if found.thing else 0
+    return np.array(cells), np.array([EVENTS.index(found.event), name, found.since, frame])
+
+
 @dataclass(eq=False, slots=True)
 class Batch:
     """Rows, padded to the same length, and all their frames in order."""
@@ -193,6 +216,9 @@ class Batch:
     fine: torch.Tensor | None
     names: torch.Tensor | None
     where: torch.Tensor | None
+    #: See `watched`.
+    changes: torch.Tensor | None
+    events: torch.Tensor | None
 
     @property
     def truth(self) -> torch.Tensor:
@@ -266,14 +292,25 @@ def copies(writer: Writer, random: Random) -> Batch:
 
 
 def _verdicts(writer: Writer, random: Random) -> Row:
-    """Return readings, each followed by one word: comparing is learned by comparing many."""
-    made, bare = Row(), random.random() < 0.6
-    for part in range(1, 41 if bare else 25):
+    """Return ends of answers about readings: comparing is learned by comparing many."""
+    made, kind = Row(), random.choices(("bare", "sentence", "json"), (50, 25, 25))[0]
+    for part in range(1, 33):
         each = reports.report(random)
-        bound = "minimum" if each.least else "limit"
-        text = f"{each.value}, {bound} {each.limit}" if bare else reports.written(random, each)
-        ids, verdict = [*writer.text(text), writer.again], writer.text(each.verdict)
-        made.add([*ids, *verdict], part, 0, [0.0] * len(ids) + [1.0] * len(verdict))
+        if kind == "json":
+            facts = dict(each.facts)
+            told = {"value": facts["reading"], "limit": facts.get("limit", facts.get("floor"))}
+            name = random.choice(("ok", "verdict", "alarm"))
+            text = json.dumps({**told, name: facts[name]}, separators=(",", ":"))
+            before = text[: text.rindex(":") + 1 + (name == "verdict")]
+        else:
+            text = each.sentence
+            text = text if kind == "sentence" else text.partition(" reads ")[2]
+            before = text[: text.rindex(":") + 1]
+        given, ids = len(writer.text(before)), writer.text(text)
+        weights = [float(n >= given) for n in range(len(ids))]
+        if kind == "json":
+            weights[given + 1 :] = [0.0] * (len(ids) - given - 1)
+        made.add(ids, part, 0, weights)
     return made
 
 
@@ -288,23 +325,23 @@ def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
     rows: list[Row] = []
     if kind < 0.02:
         return copies(writer, random)
-    if kind < 0.09:
+    if kind < 0.13:
         return verdicts(writer, random)
-    if kind < 0.30:
+    if kind < 0.32:
         for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             refused = random.random() < 0.12
             asked = reports.refused(random, frames=False) if refused else reports.ask(random)
             rows.append(row(writer, [asked], 0, system))
         return _with_frames(_padded(rows), [], random)
-    frames = 1 if kind < 0.58 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    frames = 1 if kind < 0.54 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
     scenes = []
-    for _ in range(14 if frames == 1 else max(6, 40 // frames)):
+    for _ in range(28 if frames == 1 else max(10, 80 // frames)):
         scenes.append(scene(random, frames))
         asker = Asker(scenes[-1], random)
         asked = [
             reports.refused(random, frames=True) if random.random() < 0.05 else asker.ask()
-            for _ in range(9 if frames == 1 else 8)
+            for _ in range(5 if frames == 1 else 4)
         ]
         system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
         rows.append(row(writer, asked, frames, system))
@@ -337,12 +374,14 @@ def _with_frames(
 ) -> Batch:
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not scenes:
-        return Batch(*columns, None, None, None, None)  # type: ignore[arg-type]
-    seen, taught = [], []
+        return Batch(*columns, *([None] * 6))  # type: ignore[arg-type]
+    seen, taught, so_far = [], [], []
     for each in scenes:
         for n in range(each.frames):
             if drawn:
                 seen.append(torch.from_numpy(pixels(each.picture(n, random))))
             taught.append(lessons(each, n, each.ground.size))
+            so_far.append(watched(each, n))
     fine, names, where = (torch.from_numpy(np.stack(each)) for each in zip(*taught, strict=True))
-    return Batch(*columns, torch.stack(seen) if drawn else None, fine, names, where)  # type: ignore[arg-type]
+    cells, events = (torch.from_numpy(np.stack(each)) for each in zip(*so_far, strict=True))
+    return Batch(*columns, torch.stack(seen) if drawn else None, fine, names, where, cells, events)  # type: ignore[arg-type]

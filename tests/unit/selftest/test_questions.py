@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from edged.selftest.drawings import COLOURS
-from edged.selftest.training import reports
+from edged.selftest.training import changes, reports
 from edged.selftest.training.objects import chosen
 from edged.selftest.training.questions import REFUSAL, Asker
 from edged.selftest.training.scenes import DIRECTIONS, Scene, scene
@@ -67,6 +67,35 @@ def test_what_appears_or_vanishes_does_so_in_the_frame_that_is_said() -> None:
         said = Asker(each, Random(0)).event()
         assert said.endswith(f"frame {each.since + 1}")
         assert thing.name in said
+
+
+@pytest.mark.parametrize("frames", [2, 4, 8])
+def test_the_last_frame_tells_what_happened(frames: int) -> None:
+    for each in scenes(11, frames):
+        assert changes.so_far(each, 0) == changes.SoFar(event="still", thing=None, since=0)
+        found = changes.so_far(each, frames - 1)
+        ways = {way for _, way in each.movers}
+        if each.happening == "move":
+            assert {found.event} == (ways if len(ways) == 1 else {"two ways"})
+        else:
+            assert found.event == each.happening
+        assert found.since == (each.since or 0)
+        assert (found.thing is None) == (found.event == "still")
+        assert found.thing is None or found.thing in [thing for thing, _ in each.movers]
+
+
+def test_a_cell_tells_what_became_of_it() -> None:
+    for each in scenes(12, 3):
+        first, *later = (changes.cells(each, n, 3) for n in range(3))
+        assert set(first) <= {"empty", "first"}
+        found = {change for cells in later for change in cells} - {"empty", "stays"}
+        if each.happening in ("appear", "vanish"):
+            assert found == {f"{each.happening}ed"}
+        elif each.happening == "still":
+            assert found == set()
+        else:
+            assert found <= set(DIRECTIONS)
+            assert found
 
 
 def test_nothing_else_changes() -> None:
@@ -126,7 +155,7 @@ def test_under_a_schema_only_values_are_the_models_choice() -> None:
         '{"colour":"....."count":.."ok":.....'
     )
     assert decided('{"count":2,"things":[{"shape":"star"},{"shape":"cross"}]}') == (
-        '{"count":.."things":.{"shape":".......{"shape":".........'
+        '{"count":.."things":[{"shape":".......{"shape":".........'
     )
 
 
@@ -144,7 +173,7 @@ def test_a_verdict_follows_from_the_numbers() -> None:
         value, limit = float(report.value), float(report.limit)
         good = value >= limit if report.least else value <= limit
         assert (report.verdict == "ok") == good
-        assert ("is fine" in report.sentence) == good
+        assert report.sentence.endswith(": fine.") == good
         assert report.sentence.startswith(report.device)
         assert report.facts["ok"] is good
         assert report.facts["alarm"] is not good
