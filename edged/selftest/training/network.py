@@ -20,7 +20,7 @@ CROP, SIDE = 96, 3
 #: Of a frame: its one crop, the global view, a separator at each row's end and one between them.
 FRAME_TOKENS = 2 * SIDE * SIDE + 1 + 2 * SIDE
 #: A scene has at most so many.
-MOST_FRAMES = 8
+MOST_FRAMES, MOST_THINGS = 8, 4
 #: Names of things.
 NAMES = len(COLOURS) * len(SHAPES)
 #: Numbers that the detector gives for a cell: names, and where.
@@ -285,7 +285,7 @@ class Decoder(nn.Module):
 
 
 class Watcher(nn.Module):
-    """Asks the decoder, halfway up and only in training, what changes from frame to frame.
+    """Asks the decoder, halfway up and only in training, what it makes of the frames so far.
 
     Questions alone say little about it, a whole scene in a word or two: it takes many thousand
     steps until frames are compared at all.
@@ -297,17 +297,23 @@ class Watcher(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.cells = nn.Linear(hidden, len(CHANGES))
-        #: By what is asked of a frame; see `samples.watched`.
+        #: What has happened, to what, since when, and in which frame we are.
         self.frames = nn.ModuleList(
             nn.Linear(hidden, n) for n in (len(EVENTS), 1 + NAMES, MOST_FRAMES, MOST_FRAMES)
         )
+        #: How many there are of each shape and of each colour.
+        self.counts = nn.Linear(hidden, (len(SHAPES) + len(COLOURS)) * (1 + MOST_THINGS))
 
-    def forward(self, given: list[Tensor], frames: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return logits of the frames' cells [frames, 2, 9, changes], and of each question.
+    def forward(self, given: list[Tensor], frames: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Return the logits of all it asks.
 
         Args:
             given: what each layer was given.
             frames: [batch, length], true where a frame's token is.
+
+        Returns:
+            Of the cells in both views, [frames, 2, 9, changes]; of what has happened, each [frames,
+            answers]; of counts, [frames, shapes and colours, 1 + MOST_THINGS].
         """
         cells = given[self.CELLS][frames].view(-1, FRAME_TOKENS, given[0].shape[-1])
         ends = given[self.FRAMES][frames].view_as(cells)[:, -1]
@@ -316,4 +322,5 @@ class Watcher(nn.Module):
             for view in range(2) for row in range(SIDE) for column in range(SIDE)
         ]  # fmt: skip
         seen = cells[:, places].unflatten(1, (2, SIDE * SIDE))
-        return self.cells(seen), [head(ends) for head in self.frames]
+        counts = self.counts(ends).unflatten(1, (-1, 1 + MOST_THINGS))
+        return self.cells(seen), [head(ends) for head in self.frames], counts

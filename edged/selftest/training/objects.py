@@ -225,7 +225,7 @@ def whole(random: Random, facts: Facts, *, several: bool) -> Answered:
 
 
 def several(random: Random, facts: Sequence[Facts]) -> Answered:
-    """Return a wish for a list of all things."""
+    """Return a wish for a list of all things; without a schema, a list of their names."""
     free = is_free(random)
     form = Form(random, free=free)
     names = random.sample(["shape", "colour", "place"], random.randint(2, 3))
@@ -235,7 +235,7 @@ def several(random: Random, facts: Sequence[Facts]) -> Answered:
     if random.random() < 0.4:
         count = random.choice(("count", "number", "total"))
         made[count], fields[count] = len(facts), {"type": "integer"}
-    if random.random() < 0.3:
+    if free or random.random() < 0.2:
         made[key] = [each["name"] for each in facts]
         fields[key] = {"type": "array", "items": {"type": "string"}}
     else:

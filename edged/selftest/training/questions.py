@@ -155,8 +155,8 @@ class Asker:
             return Answered(kind=name, question=style(self.random, question), answer=answer)
 
     _single: ClassVar[Mapping[str, int]] = {
-        "colour": 14, "shape": 8, "describe": 14, "where": 14, "count": 12, "is_there": 10,
-        "is_colour": 6, "is_place": 7, "is_at": 4, "whole": 12,
+        "colour": 12, "shape": 8, "describe": 14, "where": 18, "count": 16, "is_there": 10,
+        "is_colour": 6, "is_place": 11, "is_at": 5, "whole": 14,
     }  # fmt: skip
     _several: ClassVar[Mapping[str, int]] = {
         "happens": 20, "way": 16, "moves": 8, "is_moving": 12, "appears": 10, "vanishes": 10,

@@ -190,18 +190,25 @@ def lessons(scene: Scene, frame: int, size: tuple[int, int]) -> tuple[Any, Any, 
     return fine, names, where.clip(max=1)
 
 
-def watched(scene: Scene, frame: int) -> tuple[Any, Any]:
+def watched(scene: Scene, frame: int) -> tuple[Any, Any, Any]:
     """Return what the decoder is to make of a frame after those before it.
 
     Returns:
-        The index in `CHANGES` of each cell, [9]; and of the scene so far, [4]: the index in
-        `EVENTS`; the name of the thing that it happens to, from 1, or 0; the frame since when
-        something is there or gone, or 0; the frame itself.
+        The index in `CHANGES` of each cell, [9]; of the scene so far, [4]: the index in `EVENTS`,
+        the name of the thing that it happens to, from 1, or 0, the frame since when something is
+        there or gone, or 0, the frame itself; how many there are of each shape and colour, [13].
     """
     cells = [CHANGES.index(each) for each in changes.cells(scene, frame, SIDE)]
     found = changes.so_far(scene, frame)
     name = 1 + names_index(found.thing.colour, found.thing.shape) if found.thing else 0
-    return np.array(cells), np.array([EVENTS.index(found.event), name, found.since, frame])
+    there = [thing for thing in scene.things if thing.path[frame] is not None]
+    counts = [sum(thing.shape == shape for thing in there) for shape in SHAPES]
+    counts += [sum(thing.colour == colour for thing in there) for colour in COLOURS]
+    return (
+        np.array(cells),
+        np.array([EVENTS.index(found.event), name, found.since, frame]),
+        np.array(counts),
+    )
 
 
 @dataclass(eq=False, slots=True)
@@ -219,6 +226,7 @@ class Batch:
     #: See `watched`.
     changes: torch.Tensor | None
     events: torch.Tensor | None
+    counts: torch.Tensor | None
 
     @property
     def truth(self) -> torch.Tensor:
@@ -325,16 +333,16 @@ def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
     rows: list[Row] = []
     if kind < 0.02:
         return copies(writer, random)
-    if kind < 0.13:
+    if kind < 0.1:
         return verdicts(writer, random)
-    if kind < 0.32:
+    if kind < 0.31:
         for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             refused = random.random() < 0.12
             asked = reports.refused(random, frames=False) if refused else reports.ask(random)
             rows.append(row(writer, [asked], 0, system))
         return _with_frames(_padded(rows), [], random)
-    frames = 1 if kind < 0.54 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    frames = 1 if kind < 0.65 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
     scenes = []
     for _ in range(28 if frames == 1 else max(10, 80 // frames)):
         scenes.append(scene(random, frames))
@@ -374,7 +382,7 @@ def _with_frames(
 ) -> Batch:
     columns = [torch.stack(column) for column in zip(*rows, strict=True)]
     if not scenes:
-        return Batch(*columns, *([None] * 6))  # type: ignore[arg-type]
+        return Batch(*columns, *([None] * 7))  # type: ignore[arg-type]
     seen, taught, so_far = [], [], []
     for each in scenes:
         for n in range(each.frames):
@@ -383,5 +391,6 @@ def _with_frames(
             taught.append(lessons(each, n, each.ground.size))
             so_far.append(watched(each, n))
     fine, names, where = (torch.from_numpy(np.stack(each)) for each in zip(*taught, strict=True))
-    cells, events = (torch.from_numpy(np.stack(each)) for each in zip(*so_far, strict=True))
-    return Batch(*columns, torch.stack(seen) if drawn else None, fine, names, where, cells, events)  # type: ignore[arg-type]
+    shown = torch.stack(seen) if drawn else None
+    rest = (torch.from_numpy(np.stack(each)) for each in zip(*so_far, strict=True))
+    return Batch(*columns, shown, fine, names, where, *rest)  # type: ignore[arg-type]

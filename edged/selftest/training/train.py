@@ -109,16 +109,16 @@ def _off(logits: Tensor, wanted: Tensor, ending: Tensor, ends: Tensor) -> Tensor
 
 
 def _watched(watcher: Watcher, given: list[Tensor], frames: Tensor, batch: Batch) -> Tensor:
-    """Return how far the decoder is from seeing what changes from frame to frame."""
+    """Return how far the decoder is from knowing what the watcher asks."""
     weight = torch.ones(len(CHANGES))
     weight[0] = 0.1  # most cells are empty
-    cells, answers = watcher(given, frames)
+    cells, answers, counts = watcher(given, frames)
     loss = torch.zeros(())
     for view in cells.unbind(1):
         loss = loss + functional.cross_entropy(view.flatten(0, 1), batch.changes.flatten(), weight)
     for answer, wanted in zip(answers, batch.events.unbind(1), strict=True):
         loss = loss + functional.cross_entropy(answer, wanted)
-    return loss
+    return loss + functional.cross_entropy(counts.flatten(0, 1), batch.counts.flatten())
 
 
 class Muon(torch.optim.Optimizer):
