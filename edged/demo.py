@@ -34,6 +34,8 @@ from edged.selftest import showing, verify
 from edged.selftest.cases import (
     DIRECTIONS,
     EVENTS,
+    READING,
+    READING_ANSWER,
     REFUSAL,
     TO_THE_RIGHT,
     WHICH_WAY,
@@ -81,8 +83,8 @@ async def _demo(model: Path, start_broker: StartBroker) -> int:
     screen = Screen()
     screen.line(screen.bold("edged demo: a broker, the agent and a client, on this machine"))
     screen.line(
-        "The model that ships with edged is small and knows little: simple shapes, their colours,\n"
-        "and which way they move. What it says of those is checked."
+        "The model that ships with edged is small and knows little: simple shapes, what happens\n"
+        "to them, and readings with their limits. What it says of those is checked."
     )
     screen.line()
     async with private(DEVICE, model, start_broker) as place:
@@ -119,6 +121,7 @@ async def _show(screen: Screen, place: Private) -> int:
             seen(frames, "What happens?", response_format=form(event=EVENTS, direction=DIRECTIONS)),
             {"event": "moved", "direction": "left"},
         )
+        await demo.ask("A reading", {"prompt": READING}, READING_ANSWER)
         await demo.ask("What it cannot know", {"prompt": "What is the capital of France?"}, REFUSAL)
         await demo.cancel(
             "A long list, cancelled while it comes",

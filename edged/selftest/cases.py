@@ -21,15 +21,6 @@ MAX_TOKENS = 96
 #: What the model that ships says to what it cannot answer.
 REFUSAL = "I can only see simple shapes and check readings."
 
-#: What only other models are asked, see `model/README.md`.
-NOT_LEARNED = frozenset(
-    {
-        "a reading above its limit", "a reading below its minimum", "yes or no",
-        "a reading as JSON", "something that appears", "something that vanishes",
-        "nothing that happens", "frames out of order",
-    }
-)  # fmt: skip
-
 #: Wordings of one fact.
 Fact = tuple[str, ...]
 Size = tuple[int, int]
@@ -75,11 +66,6 @@ class Case:
     request: Mapping[str, Any] = field(repr=False)
     #: One, or one for each of `questions`.
     answers: tuple[Answer, ...]
-
-    @property
-    def learned(self) -> bool:
-        """Whether the model that ships can be asked it: it has not learned all of them yet."""
-        return self.name not in NOT_LEARNED
 
     def judge(self, result: Mapping[str, Any], *, exactly: bool) -> bool:
         """Return whether a job's result is right."""
@@ -170,20 +156,15 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 TO_THE_RIGHT: tuple[Point, ...] = ((0.18, 0.5), (0.39, 0.5), (0.61, 0.5), (0.82, 0.5))
 WHICH_WAY = "Which way does the red circle move?"
 READING = "Pump 3: 71 C, limit 65. Is that well?"
-READING_ANSWER = "No, Pump 3 is too high: 71 C is above the limit of 65 C."
+READING_ANSWER = "Pump 3 reads 71 C, limit 65 C: too high, so no."
 
 
 # The jobs ---------------------------------------------------------------------------------------
 
 
-def cases(*, exactly: bool = False) -> tuple[Case, ...]:
-    """Return the jobs; the same ones each time, to the byte.
-
-    Args:
-        exactly: only those that the model that ships has learned.
-    """
-    every = (*_texts(), *_single_frames(), *_several_frames(), _refusal())
-    return tuple(case for case in every if case.learned or not exactly)
+def cases() -> tuple[Case, ...]:
+    """Return the jobs; the same ones each time, to the byte."""
+    return (*_texts(), *_single_frames(), *_several_frames(), _refusal())
 
 
 def _text(name: str, prompt: str, *answer: Answer, **more: Any) -> Case:
@@ -211,11 +192,11 @@ def _texts() -> tuple[Case, ...]:
     fine = ("fine", "within", "below", "ok", "okay", "normal", "under", "good", "well")
     return (
         _text("a reading above its limit", "Pump 3: 71 C, limit 65. Check this.",
-              Answer(exact="Pump 3 is too high: 71 C is above the limit of 65 C.", facts=(high,))),
+              Answer(exact="Pump 3 reads 71 C, limit 65 C: too high.", facts=(high,))),
         _text("a reading within its limit", "pump 3: 61 C, limit 65. Check this.",
-              Answer(exact="pump 3 is fine: 61 C is within the limit of 65 C.", facts=(fine,))),
+              Answer(exact="pump 3 reads 61 C, limit 65 C: fine.", facts=(fine,))),
         _text("a reading below its minimum", "Tank 2: 12 bar, minimum 20. Check this.",
-              Answer(exact="Tank 2 is too low: 12 bar is below the minimum of 20 bar.",
+              Answer(exact="Tank 2 reads 12 bar, minimum 20 bar: too low.",
                      facts=(low,))),
         _text("yes or no", READING, Answer(exact=READING_ANSWER, facts=(("no", "not", *high),))),
         _text("a reading as JSON", "pump 3: 71 C, limit 65. Check this.",

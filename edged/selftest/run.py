@@ -153,7 +153,7 @@ class _Trial:
     async def run(self, ready_s: float, job_s: float) -> int:
         """Run them, tell, and return the exit status."""
         began = time.monotonic()
-        every = cases(exactly=self._exact)
+        every = cases()
         outcomes = []
         async with Client(self._settings, "selftest", *filters(self._settings)) as client:
             talk = Conversation(self._settings, client, self._beats, self._daemon)

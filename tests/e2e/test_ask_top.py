@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import pytest
 
-from edged.selftest.cases import REFUSAL
 from tests.kit.client import Peer
 from tests.kit.daemon import ROOT, SHIPPED, Daemon
 from tests.kit.mosquitto import PASSWD, Mosquitto
@@ -28,11 +27,14 @@ pytestmark = pytest.mark.broker
 PATIENCE_S = 20.0
 INSTANCE = "0" * 32
 READING = "Pump 3: 71 C, limit 65. Is that well?"
-READING_ANSWER = "No, Pump 3 is too high: 71 C is above the limit of 65 C."
-CAPITAL = "What is the capital of France?"
+READING_ANSWER = "Pump 3 reads 71 C, limit 65 C: too high, so no."
 READING_SCHEMA = {
     "type": "object",
-    "properties": {"value": {"type": "integer"}, "ok": {"type": "boolean"}},
+    "properties": {
+        "value": {"type": "integer"},
+        "limit": {"type": "integer"},
+        "ok": {"type": "boolean"},
+    },
     "required": ["value", "ok"],
     "additionalProperties": False,
 }
@@ -567,22 +569,23 @@ def test_asks_the_real_daemon(broker: Mosquitto, tmp_path: Path, version: str) -
         daemon.wait_ready()
         with Program("top", "--once", port=broker.port, mqtt__protocol=version) as top:
             assert top.wait() == 0, top.text
-        with Program("ask", CAPITAL, "--json", port=broker.port, mqtt__protocol=version) as ask:
+        with Program("ask", READING, "--json", port=broker.port, mqtt__protocol=version) as ask:
             assert ask.wait() == 0, ask.text
         events = [json.loads(line) for line in ask.out.splitlines()]
         kinds = [event["type"] for event in events]
         assert kinds[0] == "accepted"
         assert kinds[-1] == "result"
-        assert events[-1]["text"] == REFUSAL
-        with Program("ask", CAPITAL, port=broker.port, mqtt__protocol=version) as ask:
+        assert events[-1]["text"] == READING_ANSWER
+        with Program("ask", READING, port=broker.port, mqtt__protocol=version) as ask:
             assert ask.wait() == 0
-        assert ask.out == f"{REFUSAL}\n"
+        assert ask.out == f"{READING_ANSWER}\n"
         schema = tmp_path / "schema.json"
         schema.write_text(json.dumps(READING_SCHEMA))
         wanted = ("--schema", str(schema), "--json")
         with Program("ask", READING, *wanted, port=broker.port, mqtt__protocol=version) as ask:
             assert ask.wait() == 0, ask.text
-        assert json.loads(ask.out.splitlines()[-1])["json"]["value"] == 71
+        answer = json.loads(ask.out.splitlines()[-1])["json"]
+        assert answer == {"value": 71, "limit": 65, "ok": False}
         assert daemon.stop() == 0
         with Program("top", "--once", port=broker.port, mqtt__protocol=version) as top:
             assert top.wait() == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from edged.selftest.cases import REFUSAL
+from edged.selftest.cases import READING_ANSWER, REFUSAL
 from tests.kit.daemon import ROOT
 from tests.kit.mosquitto import PROGRAM
 
@@ -62,8 +62,9 @@ def test_the_demo_is_right_and_leaves_nothing(tmp_path: Path, broker: str) -> No
     for words in (
         f"{broker}, MQTT", "ready: ", "beat ", "1. A frame", "error      cancelled",
         "    The circle is red.\n", "    The red circle moves to the right.\n",
-        "    The red circle moves to the left.\n", '"direction":"left"', f"    {REFUSAL}\n",
-        "offline: stopped", "All answers were right.",
+        "    The red circle moves to the left.\n", '"direction":"left"',
+        f"    {READING_ANSWER}\n", f"    {REFUSAL}\n", "offline: stopped",
+        "All answers were right.",
     ):  # fmt: skip
         assert words in out
     # The frames are drawn: the circle's letters, further right in each of the first four.
@@ -71,7 +72,7 @@ def test_the_demo_is_right_and_leaves_nothing(tmp_path: Path, broker: str) -> No
     row = next(frames for frames in drawn if len(frames) > 1)
     assert [each.index("r") for each in row] == sorted(each.index("r") for each in row)
     assert len(row) == 4
-    assert out.count("  right ") == 7
+    assert out.count("  right ") == 8
     assert left_over(folder) == []
 
 

@@ -125,6 +125,24 @@ def test_the_answer_turns_round_with_the_frames(eyes: Eyes) -> None:
     assert eyes.says(frames[::-1], question) == "The red circle moves to the left."
 
 
+def test_frames_out_of_order_are_noticed(eyes: Eyes) -> None:
+    frames = [draw(TO_THE_RIGHT[n]) for n in (2, 0, 3, 1)]
+    assert eyes.says(frames, "What happens?") == (
+        "The red circle jumps about: the frames are out of order."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [(0, "A red circle appears in frame 2."), (3, "The red circle vanishes in frame 4.")],
+)
+def test_one_frame_of_four_changes_the_answer(eyes: Eyes, changed: int, said: str) -> None:
+    frames = [draw((0.3, 0.4))] * 4
+    assert eyes.says(frames, "What happens?") == "Nothing changes."
+    frames[changed] = draw()
+    assert eyes.says(frames, "What happens?") == said
+
+
 @pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
 def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> None:
     files = (

@@ -333,16 +333,16 @@ def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
     rows: list[Row] = []
     if kind < 0.02:
         return copies(writer, random)
-    if kind < 0.1:
+    if kind < 0.14:
         return verdicts(writer, random)
-    if kind < 0.31:
+    if kind < 0.35:
         for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             refused = random.random() < 0.12
             asked = reports.refused(random, frames=False) if refused else reports.ask(random)
             rows.append(row(writer, [asked], 0, system))
         return _with_frames(_padded(rows), [], random)
-    frames = 1 if kind < 0.65 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
+    frames = 1 if kind < 0.67 else random.choices(_COUNTS, _COUNT_WEIGHTS)[0]
     scenes = []
     for _ in range(28 if frames == 1 else max(10, 80 // frames)):
         scenes.append(scene(random, frames))

@@ -43,9 +43,9 @@ class Plan:
     #: The decoder alone: copying, at most; comparing; answering about what it is told.
     copying: int = 600
     comparing: int = 400
-    answering: int = 4500
+    answering: int = 8000
     #: The decoder on what the encoder sees; the second half with its weights rounded.
-    together: int = 1500
+    together: int = 2500
 
 
 def taught(encoder: Encoder, fine: Tensor, seen: Tensor, batch: Batch) -> Tensor:
