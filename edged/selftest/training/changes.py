@@ -57,6 +57,7 @@ def so_far(scene: Scene, frame: int) -> SoFar:
     """Return what has happened since the first frame."""
     movers = sorted(scene.movers, key=lambda each: each[0].name)
     since = scene.since if scene.since is not None and scene.since <= frame else 0
+    event: str
     if scene.happening in ("appear", "vanish"):
         event = scene.happening if since else "still"
     else:
