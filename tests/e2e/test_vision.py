@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edged.selftest.cases import PLACES, form
 from edged.selftest.drawings import COLOURS, Mark, Point, encoded, frame
 from tests.e2e.test_ask_top import Program, environment
 from tests.kit.client import Peer
@@ -27,17 +28,8 @@ from tests.kit.vision import stock_copy
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
-FORM = {
-    "type": "json_schema",
-    "json_schema": {
-        "schema": {
-            "type": "object",
-            "properties": {name: {"type": "string"} for name in ("shape", "colour", "place")},
-            "required": ["shape", "colour", "place"],
-            "additionalProperties": False,
-        }
-    },
-}
+#: How a place is spelled is the schema's choice: with any string the model takes either centre.
+FORM = form(shape="string", colour="string", place=PLACES)
 
 
 def jpeg(number: int) -> bytes:
