@@ -305,7 +305,7 @@ def _verdicts(writer: Writer, random: Random) -> Row:
     for part in range(1, 33):
         each = reports.report(random)
         if kind == "json":
-            facts = dict(each.facts)
+            facts = each.facts
             told = {"value": facts["reading"], "limit": facts.get("limit", facts.get("floor"))}
             name = random.choice(("ok", "verdict", "alarm"))
             text = json.dumps({**told, name: facts[name]}, separators=(",", ":"))
