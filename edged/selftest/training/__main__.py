@@ -4,7 +4,7 @@
     /tmp/train/bin/pip install 'edged[train]'
     /tmp/train/bin/python -m edged.selftest.training OUT
 
-On two cores it takes about three hours. `OUT` is then a model's folder like any other;
+How long it takes as a whole was not measured (about three hours on two cores, by its steps). `OUT` is then a model's folder like any other;
 `python -m edged.selftest.training.evaluate OUT` says how good it is.
 """
 
