@@ -4,9 +4,9 @@
     /tmp/train/bin/pip install 'edged[train]'
     /tmp/train/bin/python -m edged.selftest.training OUT
 
-How long it takes as a whole was not measured; by its steps, about three hours on two cores. `OUT` is
-then a model's folder like any other; `python -m edged.selftest.training.evaluate OUT` says how good
-it is.
+How long it takes as a whole was not measured; by its steps, about three hours on two cores. `OUT`
+is then a model's folder like any other; `python -m edged.selftest.training.evaluate OUT` says how
+good it is.
 """
 
 from __future__ import annotations
