@@ -36,7 +36,7 @@ def observer(broker: Mosquitto) -> Iterator[Observer]:
 #: What survives an exception in it, and what ends the daemon, so that it is started again.
 SURVIVES = (
     "mqtt.on_connect:2", "mqtt.on_subscribe:2", "mqtt.on_message:3", "mqtt.on_publish:9",
-    "mqtt.on_disconnect:1", "on_receive:2", "in_accept_txn:3",
+    "mqtt.on_disconnect:1", "on_receive:2", "in_accept_txn:3", "cameras.mqtt.on_connect:1",
 )  # fmt: skip
 ENDS = ("after_attempt_mark:2", "after_infer:2", "after_publish:12", "on_puback:12")
 

@@ -40,8 +40,9 @@ def observer(broker: Mosquitto) -> Iterator[Observer]:
             "--constant", "edged.health.JOURNAL_STUCK_S=0.5",
         ),
         ("--stall-at", "mqtt.on_message:2=600", "--constant", "edged.mqtt._SLACK_S=0.5"),
+        ("--stall-at", "cameras.mqtt.on_connect:1=600", "--constant", "edged.mqtt._SLACK_S=0.5"),
     ],
-    ids=["event loop", "journal", "network"],
+    ids=["event loop", "journal", "network", "network of the cameras"],
 )  # fmt: skip
 def test_a_stuck_part_is_ended_by_the_watchdog_and_no_job_is_lost(
     fault: tuple[str, ...], tmp_path: Path, broker: Mosquitto, observer: Observer

@@ -4,8 +4,9 @@
 
 The settings come from the TOML file alone, the wiring is `edged.app`'s. `tests/kit/daemon.py`
 starts it. LABEL is a label of the trace (`edged.ports.Trace`; those of edged.mqtt begin with
-`mqtt.`), N the count of its calls at which the fault happens, from 1, default 1. The options of the
-first group may be repeated. `--trace-log` shows which labels there are.
+`mqtt.`, of the cameras' own connection with `cameras.mqtt.`), N the count of its calls at which the
+fault happens, from 1, default 1. The options of the first group may be repeated. `--trace-log`
+shows which labels there are.
 
     --crash-at LABEL[:N]           SIGKILL this process
     --raise-at LABEL[:N]           raise RuntimeError out of the trace
@@ -54,6 +55,8 @@ from edged.engine.restarts import Backoff
 from edged.errors import EdgedError
 from edged.jobs import Stamp
 from edged.mqtt import MqttBus, Patience
+from edged.mqttconfig import Connection
+from edged.ports import Sink
 from edged.sensors import Sensors
 from edged.settings import load
 
@@ -162,6 +165,20 @@ def _patience(options: argparse.Namespace) -> Patience:
     return Patience(**given)
 
 
+def _bus(
+    trace: Faults, patience: Patience, connection: Connection, sink: Sink | None = None
+) -> MqttBus:
+    """Make one of the two connections; the labels of the cameras' say that they are theirs."""
+    if sink is None:
+        return MqttBus(connection, patience=patience, trace=trace)
+    theirs = partial(_under, "cameras", trace)
+    return MqttBus(connection, patience=patience, trace=theirs, sink=sink)
+
+
+def _under(name: str, trace: Faults, label: str) -> None:
+    trace(f"{name}.{label}")
+
+
 def _constants(options: argparse.Namespace, patches: ExitStack) -> None:
     for text in options.constant:
         place, _, number = text.partition("=")
@@ -176,7 +193,6 @@ def main(argv: list[str] | None = None) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where does it hang?
     trace = Faults(options)
-    bus_options: dict[str, Any] = {"trace": trace, "patience": _patience(options)}
     parts: dict[str, Any] = {"trace": trace}
     if options.engine == "faulty":
         parts["engine_command"] = faulty_command(*options.engine_option)
@@ -191,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         with (
             ExitStack() as patches,
             mock.patch.object(app, "EngineHost", partial(EngineHost, **_engine_options(options))),
-            mock.patch.object(app, "MqttBus", partial(MqttBus, **bus_options)),
+            mock.patch.object(app, "MqttBus", partial(_bus, trace, _patience(options))),
             mock.patch.object(app, "Sensors", sensors),
         ):
             _constants(options, patches)
