@@ -53,6 +53,35 @@ PATIENCE_S = 30.0
 T = TypeVar("T")
 
 
+class _Index:
+    """What was seen, by what is asked of it: so a look costs what came since the one before."""
+
+    def __init__(self, is_request: Callable[[str], bool]) -> None:
+        self._is_request = is_request
+        self.read = 0
+        self.events: list[Seen] = []
+        self.of_job: defaultdict[Name | None, list[Seen]] = defaultdict(list)
+        self.on_topic: defaultdict[str, list[Seen]] = defaultdict(list)
+        #: Jobs that were accepted or ran, and those that have a final.
+        self.begun: set[Name | None] = set()
+        self.ended: set[Name | None] = set()
+
+    def catch_up(self, seen: Sequence[Seen]) -> None:
+        """Take in what is new at the end of `seen`."""
+        for each in seen[self.read :]:
+            self.on_topic[each.topic].append(each)
+            kind, name = each.type, each.name
+            if not kind or self._is_request(each.topic):
+                continue
+            self.events.append(each)
+            self.of_job[name].append(each)
+            if kind in {"accepted", "started"}:
+                self.begun.add(name)
+            elif kind in {"result", "error"}:
+                self.ended.add(name)
+        self.read = len(seen)
+
+
 class Observer:
     """Subscribes, at QoS 1, to everything under `root` and to the default reply topics.
 
@@ -94,6 +123,7 @@ class Observer:
         self.root = root
         self.base = root.rpartition("/")[0]
         self.seen: list[Seen] = []
+        self._index = _Index(self._is_request)
         #: Requests of others that were sent where we could not see them (QoS 0 while away).
         self.expected: set[Name] = set()
         #: How often the broker has confirmed the subscriptions.
@@ -329,15 +359,12 @@ class Observer:
     ) -> list[Seen]:
         """Return the events seen: of a job, of a type, on a topic, as far as given."""
         with self._news:
-            seen = list(self.seen)
+            self._index.catch_up(self.seen)
+            told = list(self._index.events if name is None else self._index.of_job[name])
         return [
             each
-            for each in seen
-            if each.type
-            and not self._is_request(each.topic)
-            and (name is None or each.name == name)
-            and (kind is None or each.type == kind)
-            and (topic is None or each.topic == topic)
+            for each in told
+            if (kind is None or each.type == kind) and (topic is None or each.topic == topic)
         ]
 
     def event(
@@ -379,7 +406,8 @@ class Observer:
     def on(self, topic: str) -> list[Seen]:
         """Return what was seen on a topic below the root."""
         with self._news:
-            return [each for each in self.seen if each.topic == f"{self.root}/{topic}"]
+            self._index.catch_up(self.seen)
+            return list(self._index.on_topic[f"{self.root}/{topic}"])
 
     def wait_on(
         self,
@@ -408,6 +436,7 @@ class Observer:
         gone |= {each.seen.number for each in self.requests() if each.name == name}
         with self._news:
             self.seen = [each for each in self.seen if each.number not in gone]
+            self._index = _Index(self._is_request)
 
     @property
     def last(self) -> int:
@@ -433,9 +462,9 @@ class Observer:
 
     def open_jobs(self) -> set[Name]:
         """Return the jobs that were accepted, or ran, and have no final yet."""
-        begun = {each.name for each in self.events() if each.type in {"accepted", "started"}}
-        ended = {each.name for each in self.events() if each.type in {"result", "error"}}
-        return {name for name in begun - ended if name is not None}
+        with self._news:
+            self._index.catch_up(self.seen)
+            return {name for name in self._index.begun - self._index.ended if name is not None}
 
     def unanswered(self) -> list[Request]:
         """Return the requests that have neither become a job nor been refused.
