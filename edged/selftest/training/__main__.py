@@ -2,11 +2,11 @@
 
     python3 -m venv /tmp/train
     /tmp/train/bin/pip install 'edged[train]'
-    /tmp/train/bin/python -m edged.selftest.training OUT
+    /tmp/train/bin/python -m edged.selftest.training OUT --work WORK
 
-How long it takes as a whole was not measured; by its steps, about three hours on two cores. `OUT`
-is then a model's folder like any other; `python -m edged.selftest.training.evaluate OUT` says how
-good it is.
+`OUT` is then a model's folder like any other; `python -m edged.selftest.training.evaluate OUT` says
+how good it is. What is in `WORK` is not made again: a run that was cut off goes on there after the
+last part that it ended.
 """
 
 from __future__ import annotations
@@ -63,6 +63,18 @@ def rows(vocabulary: Vocabulary) -> int:
     return padded if padded > vocabulary.size else padded + 32
 
 
+def _keep(work: Path, vocabulary: Vocabulary) -> None:
+    """Write the tokenizer's files, unless there are weights that know another vocabulary."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch), vocabulary.files)
+        told = {name: (Path(scratch) / name).read_bytes() for name in vocabulary.files}
+    if (work / "weights.pt").exists():
+        kept = {name: (work / name).read_bytes() for name in told if (work / name).exists()}
+        if kept != told:
+            raise ValueError(f"{work / 'weights.pt'} knows another vocabulary: remove it")
+    write(work, vocabulary.files)
+
+
 def make(out: Path, work: Path, plan: Plan) -> None:
     """Make the model's folder.
 
@@ -73,7 +85,7 @@ def make(out: Path, work: Path, plan: Plan) -> None:
     """
     torch.manual_seed(SEED)
     vocabulary = phi3_vocabulary(corpus(), PIECES, whole=True)
-    write(work, vocabulary.files)
+    _keep(work, vocabulary)
     shape = Shape(vocabulary=rows(vocabulary))
     encoder, decoder = Encoder(shape.hidden), Decoder(shape)
     train(work, encoder, decoder, plan=plan, seed=SEED)
@@ -90,15 +102,24 @@ def make(out: Path, work: Path, plan: Plan) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m edged.selftest.training")
-    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("out", type=Path, help="the model's folder; one that is there is replaced")
     parser.add_argument(
-        "--work", type=Path, help="keep the weights here, and the model before INT4"
+        "--work",
+        type=Path,
+        required=True,
+        help="another folder, which keeps the weights and the model before INT4",
+    )
+    parser.add_argument(
+        "--length", type=float, default=1.0, help="share of the steps; shorter is worse"
     )
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        work = options.work or Path(scratch)
-        work.mkdir(parents=True, exist_ok=True)
-        make(options.out, work, Plan())
+    out, work = options.out.resolve(), options.work.resolve()
+    if out.exists() and not (out / "genai_config.json").exists() and any(out.iterdir()):
+        parser.error(f"{out} is no model's folder, and would be replaced: name another")
+    if work.is_relative_to(out):
+        parser.error(f"{work} is in {out}, which will be replaced: name another")
+    work.mkdir(parents=True, exist_ok=True)
+    make(out, work, Plan().times(options.length))
 
 
 if __name__ == "__main__":

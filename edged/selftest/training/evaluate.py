@@ -37,7 +37,7 @@ SEED = 987_654
 READY_S = 180.0
 #: Jobs that are on their way at the same time.
 _AHEAD = 8
-_COUNTS = (2, 3, 4, 4, 4, 5, 6, 8)
+_COUNTS = (2, 3, 4, 4, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,20 +225,27 @@ def build(
     filename: str = TEXT,
     precision: str = "int4",
 ) -> None:
-    """Run the official builder on a Hugging Face folder, then put the tokenizer's files back."""
+    """Run the official builder on a Hugging Face folder, then put the tokenizer's files back.
+
+    Raises:
+        RuntimeError: it fails; with the end of what it said.
+    """
     if precision == "int4":
         options = ("int4_block_size=32", "int4_accuracy_level=4", *options)
-    subprocess.run(
+    ran = subprocess.run(
         [
             *(sys.executable, "-m", "onnxruntime_genai.models.builder"),
             *("-i", str(source), "-o", str(out), "-c", str(out / "cache")),
             *("-p", precision, "-e", provider),
             *("--extra_options", f"filename={filename}", *options),
         ],
-        check=True,
+        check=False,
         capture_output=True,
+        text=True,
         env={**os.environ, "ORT_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"},
     )
+    if ran.returncode:
+        raise RuntimeError(f"the model builder ended with {ran.returncode}: {ran.stderr[-4000:]}")
     keep = {filename, f"{filename}.data", "genai_config.json"}
     for path in out.iterdir():
         if path.is_file() and path.name not in keep:

@@ -118,14 +118,16 @@ class Asker:
         return self.random.choice(unique) if unique else None
 
     def _missing(self) -> str:
+        """Return the name of something that is not there, often like something that is."""
         names = {thing.name for thing in self.scene.things}
-        near = [
-            f"{colour} {shape}"
-            for colour in {t.colour for t in self.scene.things} | {self._of(*COLOURS)}
-            for shape in {t.shape for t in self.scene.things} | {self._of(*SHAPES)}
-        ]
-        near = sorted(set(near) - names)
-        return self.random.choice(near) if near else "red star"
+        # sorted: the order of a set of strings is another in every process
+        colours = sorted({t.colour for t in self.scene.things} | {self._of(*COLOURS)})
+        shapes = sorted({t.shape for t in self.scene.things} | {self._of(*SHAPES)})
+        near = [f"{colour} {shape}" for colour in colours for shape in shapes]
+        absent = [name for name in near if name not in names]
+        if not absent:
+            absent = [n for c in COLOURS for s in SHAPES if (n := f"{c} {s}") not in names]
+        return self.random.choice(absent)
 
     def _here(self) -> str:
         if self.scene.frames == 1:
@@ -352,7 +354,8 @@ class Asker:
         there = []
         for thing in things:
             words = thing.place(0)
-            if words is None:
+            # of what stands in a corner nobody knows whether it is meant by the side
+            if words is None or set(where.split()) < set(words):
                 return None
             if " ".join(words) == where:
                 there.append(thing)

@@ -50,7 +50,7 @@ ENDS = 0.5
 _ENDS = ('"', '","', '"}', ",", ',"', "}")
 #: Cells a side of the map that the encoder's finer teacher looks at.
 FINE = 12
-_COUNTS, _COUNT_WEIGHTS = (2, 3, 4, 5, 6, 8), (15, 20, 40, 10, 8, 7)
+_COUNTS, _COUNT_WEIGHTS = (2, 3, 4, 5, 6, 7, 8), (15, 20, 38, 10, 7, 5, 5)
 
 
 def names_index(colour: str, shape: str) -> int:

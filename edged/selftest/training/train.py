@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -46,6 +46,11 @@ class Plan:
     answering: int = 8000
     #: The decoder on what the encoder sees; the second half with its weights rounded.
     together: int = 2500
+
+    def times(self, share: float) -> Plan:
+        """Return a shorter plan, or a longer one; copying takes what it takes."""
+        steps = {name: round(share * count) for name, count in asdict(self).items()}
+        return Plan(**{**steps, "copying": self.copying})
 
 
 def taught(encoder: Encoder, fine: Tensor, seen: Tensor, batch: Batch) -> Tensor:
@@ -179,30 +184,38 @@ def train(folder: Path, encoder: Encoder, decoder: Decoder, *, plan: Plan, seed:
     """Train both.
 
     Args:
-        folder: the tokenizer's files; the weights are saved here after each stage.
+        folder: the tokenizer's files; the weights are saved here, and those that are here already
+            are taken.
         encoder: of frames.
         decoder: of tokens.
         plan: how long.
         seed: of everything that is drawn.
     """
     writer = Writer(folder)
-    _look(encoder, _batches(folder, seed, frames_only=True), plan.looking)
-    _save(folder, encoder, decoder)
+    weights, seeing = folder / "weights.pt", folder / "encoder.pt"
+    if weights.exists():
+        saved = torch.load(weights)
+        encoder.load_state_dict(saved["encoder"])
+        decoder.load_state_dict(saved["decoder"])
+        return
+    if seeing.exists():
+        encoder.load_state_dict(torch.load(seeing))
+    else:
+        _look(encoder, _batches(folder, seed, frames_only=True), plan.looking)
+        _save(encoder.state_dict(), seeing)
     decoder.number(torch.tensor(writer.numbers()))
     pupil = Pupil(encoder, decoder, Watcher(decoder.shape.hidden), writer.ends)
     _copy(pupil, writer, Random(seed + 1), plan.copying)
     words = torch.tensor([writer.words(colour, shape) for colour in COLOURS for shape in SHAPES])
     encoder.name(decoder.model.embed_tokens(words).sum(1))
     _compare(pupil, writer, Random(seed + 2), plan.comparing)
-    _save(folder, encoder, decoder)
     course = _Course(pupil, plan.answering + plan.together)
     course.run("answering", _batches(folder, seed + 3, drawn=False), plan.answering)
-    _save(folder, encoder, decoder)
     half = plan.together // 2
     batches = _batches(folder, seed + 4)
     course.run("together", batches, half)
     course.run("rounded", batches, plan.together - half, rounded=True)
-    _save(folder, encoder, decoder)
+    _save({"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}, weights)
 
 
 def _look(encoder: Encoder, batches: Iterator[Batch], steps: int) -> None:
@@ -331,6 +344,8 @@ class _Tally:
             raise RuntimeError("the training has diverged")
 
 
-def _save(folder: Path, encoder: Encoder, decoder: Decoder) -> None:
-    weights = {"encoder": encoder.state_dict(), "decoder": decoder.state_dict()}
-    torch.save(weights, folder / "weights.pt")
+def _save(weights: Mapping[str, object], path: Path) -> None:
+    """Save weights so that they are there as a whole or not at all."""
+    new = path.with_suffix(".new")
+    torch.save(weights, new)
+    new.replace(path)

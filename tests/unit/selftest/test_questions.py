@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from random import Random
 
 import jsonschema
 import pytest
 
-from edged.selftest.drawings import COLOURS
+from edged.selftest.drawings import COLOURS, SHAPES
 from edged.selftest.training import changes, reports
 from edged.selftest.training.objects import chosen
 from edged.selftest.training.questions import REFUSAL, Asker
@@ -192,3 +195,106 @@ def test_a_seed_is_a_scene() -> None:
     one, other = (scene(Random(10), 3) for _ in range(2))
     assert one.things == other.things
     assert one.file(1, Random(1)) == other.file(1, Random(1))
+
+
+#: Prints what is asked and answered from a seed.
+_ASK = """
+from random import Random
+from edged.selftest.training import reports
+from edged.selftest.training.questions import Asker
+from edged.selftest.training.scenes import scene
+random = Random(5)
+for n in range(40):
+    asker = Asker(scene(random, 1 + n % 4), random)
+    for each in (*(asker.ask() for _ in range(6)), reports.ask(random)):
+        print(each.question, each.answer)
+"""
+
+
+def test_a_seed_asks_the_same_questions_in_every_process() -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", _ASK],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(said) == 1
+    assert said.pop().count(b"\n") >= 40 * 7
+
+
+def answers(seed: int, frames: int, kind: str) -> list[tuple[Scene, str, str]]:
+    """Return so many questions of a kind: the scene, the question, the answer."""
+    random, found = Random(seed), []
+    for each in scenes(seed, frames):
+        made = getattr(Asker(each, random), f"_{kind}")()
+        if made is not None:
+            found.append((each, *made[:2]))
+    assert len(found) > SCENES / 5
+    return found
+
+
+@pytest.mark.parametrize("kind", ["where", "is_there"])
+def test_what_is_said_not_to_be_there_is_not(kind: str) -> None:
+    for each, _, answer in answers(13, 1, kind):
+        for thing in each.things:
+            assert f"There is no {thing.name}." not in answer
+            assert f"there is no {thing.name}." not in answer
+
+
+def test_a_side_is_not_asked_about_where_something_is_in_its_corner() -> None:
+    empty = 0
+    for each, question, answer in answers(14, 1, "is_at"):
+        if answer != "Nothing.":
+            continue
+        empty += 1
+        asked = {word for word in ("top", "bottom", "left", "right") if word in question}
+        for thing in each.things:
+            assert not asked or not asked <= set(thing.place(0) or ())
+    assert empty
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_place_is_where_the_thing_is(frames: int) -> None:
+    rows = {"top": (0, 1 / 3), "bottom": (2 / 3, 1)}
+    columns = {"left": (0, 1 / 3), "right": (2 / 3, 1)}
+    for each, question, answer in answers(15, frames, "where"):
+        if answer.startswith("There is no"):
+            continue
+        at = each.frames - 1 if "last frame" in question else 0
+        (thing,) = (thing for thing in each.things if f"The {thing.name} is " in answer)
+        x, y = thing.path[at] or (-1, -1)
+        for sides, share in ((rows, y), (columns, x)):
+            said = [side for side in sides if f" {side}" in answer]
+            low, high = sides[said[0]] if said else (1 / 3, 2 / 3)
+            assert low <= share <= high
+
+
+def test_a_number_is_how_many_there_are() -> None:
+    for each, question, answer in answers(16, 1, "count"):
+        wanted = [c for c in COLOURS if c in question] + [s for s in SHAPES if s in question]
+        there = [t for t in each.things if set(wanted) <= {t.colour, t.shape}]
+        assert answer.split()[2] == (str(len(there)) if there else "no")
+
+
+def test_a_way_is_where_it_goes() -> None:
+    for each, _, answer in answers(17, 4, "way"):
+        for thing, direction in each.movers:
+            if each.happening == "move" and thing.name in answer:
+                assert direction is not None
+                assert direction in answer
+
+
+def test_what_changed_and_what_is_in_order_is_so() -> None:
+    for each, question, answer in answers(18, 4, "changed"):
+        same = question.startswith(("Are", "Does everything", "Did nothing"))
+        assert answer.startswith("Yes") == ((each.happening == "still") == same)
+    random = Random(19)
+    for each in scenes(19, 4):
+        if each.happening in {"move", "jumble"}:
+            asked = Asker(each, random)._in_order()
+            assert asked is not None
+            wrong = any(word in asked[0] for word in ("shuffled", "out of order"))
+            assert asked[1].startswith("Yes") == ((each.happening == "jumble") == wrong)
