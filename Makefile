@@ -13,7 +13,7 @@ export ORT_DISABLE_TELEMETRY := 1
 export PATH := $(PATH):/usr/sbin:/sbin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint bench bench-full arm64 docs lock clean test-tools
+.PHONY: help demo test setup lint bench bench-full arm64 soak docs lock clean test-tools
 
 help:  ## say what there is
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,11 +50,17 @@ docs: $(READY)  ## write SETTINGS.md from the code
 	@{ printf '# Settings\n\nWritten by `make docs` from the code; `edged schema config` prints the same.\n\n'; \
 		$(BIN)/edged schema config --format markdown; } > SETTINGS.md
 
-lock: $(READY)  ## choose the newest versions that pyproject.toml allows, write requirements.lock
+lock: $(READY)  ## choose the newest versions that pyproject.toml allows, write all locks
 	@$(PIP) install --quiet $(UV)
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --custom-compile-command "make lock" \
-		--extra cpu --extra demo --extra dev --output-file requirements.lock pyproject.toml
+	@$(COMPILE) --upgrade --extra cpu --extra demo --extra dev --output-file requirements.lock pyproject.toml
+	@for kind in cpu cuda; do \
+		$(COMPILE) --upgrade --constraints requirements.lock --extra $$kind --extra pull --extra demo \
+			--output-file deploy/locks/$$kind.lock pyproject.toml; done
+	@sed -n 's/^requires = \["\([^"]*\)"\].*/\1/p' pyproject.toml | \
+		$(COMPILE) --upgrade --constraints requirements.lock --output-file deploy/locks/build.lock -
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --custom-compile-command "make lock"
 
 clean:  ## remove the environment and all caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
 #!/bin/sh
 # RabbitMQ: users and their rights; the roles are those of ../mosquitto/acl. NOT RUN by us.
 #
-#   users.sh | sh      on the broker, as a user who may use rabbitmqctl; asks for each password
+#   ./users.sh > users && sh users      on the broker, as a user who may use rabbitmqctl
 #
-# Prints the commands. A user has rights over its queue (a subscription is one; its name holds the
+# Prints the commands; rabbitmqctl asks for each password, on standard input, so they are not to be
+# piped into a shell. A user has rights over its queue (a subscription is one; its name holds the
 # client id) and, by regular expressions, over topics, in which / is a dot here. {username} is put in
 # by RabbitMQ. Since the queue's name is bound to the user's, everybody's client id must be its user
 # name; only `edged ask` and `edged top` choose ids of their own.
