@@ -1,5 +1,5 @@
 """How the small model was made: what it is shown, what it learns, and how well it does.
 
-`python -m edged.selftest.training` makes the model's folder anew; `model/README.md` has what comes
-out. Nothing of it is needed to run or to test edged.
+`python -m edged.selftest.training` makes such a model; `model/README.md` says how the one that ships
+came to be, and how good it is. Nothing of it is needed to run edged.
 """

@@ -1,4 +1,4 @@
-"""Make the small model: learn its vocabulary, train it, quantise it, fuse it, pin it.
+"""Make the small model: learn its vocabulary, train it, quantise it, fuse it.
 
     python3 -m venv /tmp/train
     /tmp/train/bin/pip install 'edged[train]'
