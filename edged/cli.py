@@ -167,8 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         "selftest",
         help="try a fixed set of jobs end to end, and say which answers are right",
         description="Without settings: the small model that ships, over a broker of its own. With "
-        "--config or --set: the device that they name, which must run; if it has another model, "
-        "the facts are looked for in its answers, whatever its words.",
+        "--config or --set: the device that they name, which must run; if its first answer is not "
+        "that of the model that ships, the facts are looked for in its answers, whatever their "
+        "words. Exit 0: all was right. With a text model the jobs about frames are left out, and "
+        "that is said; a vision model that sees nothing, for whatever reason, is wrong.",
     )
     _add_settings(selftest)
     _add_json(selftest, "print one JSON object")
@@ -426,6 +428,9 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from edged.sandbox import need_engine
+
+    need_engine()  # Pillow is among it, which the demo imports
     from edged import demo
 
     _be_silent()

@@ -1,7 +1,8 @@
 """`edged demo`: the whole thing on this machine, from an empty folder to checked answers.
 
 It starts a broker, an edged of its own as a process, and asks it as a client would. Whatever it
-started and wrote is gone when it ends, also after Ctrl-C.
+started and wrote is gone when it ends, also after Ctrl-C, but for the frames that it saved to be
+looked at: it names their folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import base64
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +28,6 @@ from edged.sandbox import (
     Private,
     StartBroker,
     choose_broker,
-    need_engine,
     private,
     until_ended,
 )
@@ -75,7 +76,6 @@ def main(broker: str = "auto") -> int:
     Raises:
         EdgedError: something is not installed, is damaged, or did not start.
     """
-    need_engine()
     return asyncio.run(until_ended(_demo(verify(), choose_broker(broker))))
 
 
@@ -214,6 +214,7 @@ class _Demo:
         self._shown = shown
         self._talk = talk
         self._number = 0
+        self._saved: Path | None = None  # where the frames are
         self.faults: list[str] = []
 
     def _begin(self, title: str) -> None:
@@ -240,9 +241,17 @@ class _Demo:
         return self._talk.ask(f"demo-{self._number}", kind, request)
 
     def _frames(self, frames: Sequence[bytes]) -> None:
-        colours = self._screen.colours and os.environ.get("COLORTERM") in {"truecolor", "24bit"}
-        for row in showing.rows(frames, colours=colours):
-            self._screen.line(f"    {row}")
+        """Show frames, on a terminal that has the colours for it; else save them as they are."""
+        if self._screen.colours and os.environ.get("COLORTERM") in {"truecolor", "24bit"}:
+            for row in showing.rows(frames):
+                self._screen.line(f"    {row}")
+            return
+        if self._saved is None:
+            self._saved = Path(tempfile.mkdtemp(prefix="edged-demo-frames-"))
+        names = [f"{self._number}-{n}.jpg" for n in range(1, len(frames) + 1)]
+        for name, frame in zip(names, frames, strict=True):
+            (self._saved / name).write_bytes(frame)
+        self._shown.say("frames", f"{self._saved}: {', '.join(names)}")
 
     async def ask(
         self, title: str, request: Mapping[str, Any], answer: str | dict[str, Any]

@@ -78,12 +78,3 @@ def verify(folder: Path | None = None, at: Path = PIN) -> Path:
                 hint=_REMEDY,
             )
     return folder
-
-
-def is_shipped(folder: Path) -> bool:
-    """Return whether a folder is the model that ships, or a copy of it."""
-    try:
-        verify(folder)
-    except EdgedError:
-        return False
-    return True

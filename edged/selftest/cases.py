@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,11 +21,45 @@ MAX_TOKENS = 96
 #: What the model that ships says to what it cannot answer.
 REFUSAL = "I can only see simple shapes and check readings."
 
-#: Wordings of one fact.
-Fact = tuple[str, ...]
 Size = tuple[int, int]
 
 _SMALL, _WIDE, _TALL, _SQUARE = (320, 240), (640, 360), (240, 320), (256, 256)
+
+#: What a word is denied by: "not", a few words before it.
+_DENIED = re.compile(
+    r"\b(?:not?|never|nothing|none|n?either|nor|without|cannot|\w+n't)\s+(?:(?!but\b)\w+\s+){0,4}$",
+    re.IGNORECASE,
+)
+
+
+def _first(said: Sequence[bool]) -> bool:
+    return said[0]
+
+
+def _last(said: Sequence[bool]) -> bool:
+    return said[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What an answer has to say, whatever its words; what it denies counts for the opposite."""
+
+    #: A pattern of the words for it.
+    words: str
+    #: A pattern of the words for the opposite.
+    unlike: str = r"(?!)"
+    #: Which of these words decide.
+    by: Callable[[Sequence[bool]], bool] = any
+
+    def said(self, text: str) -> bool:
+        """Return whether a text says so."""
+        text = text.replace("\u2019", "'")
+        pattern = rf"(?<!\w)(?:(?P<words>{self.words})|{self.unlike})(?!\w)"
+        said = [
+            (each["words"] is not None) is not bool(_DENIED.search(text[: each.start()]))
+            for each in re.finditer(pattern, text, re.IGNORECASE)
+        ]
+        return bool(said) and self.by(said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +70,8 @@ class Answer:
     exact: str | dict[str, Any]
     #: What an answer in other words has to say; a JSON object has its fields instead.
     facts: tuple[Fact, ...] = ()
+    #: What is right of any other model, if it is not the same in other words.
+    other: str | None = None
 
     def matches(self, answer: Mapping[str, Any], *, exactly: bool) -> bool:
         """Return whether an answer, a result or a part of one, is right."""
@@ -47,13 +83,11 @@ class Answer:
         text = answer.get("text")
         if exactly or not isinstance(text, str):
             return text == self.exact
-        return all(any(_says(text, words) for words in fact) for fact in self.facts)
+        return all(fact.said(text) for fact in self.facts)
 
     def expected(self, *, exactly: bool) -> Any:
         """Return what is wanted, for people."""
-        if exactly or isinstance(self.exact, dict):
-            return self.exact
-        return "; ".join(" or ".join(fact) for fact in self.facts)
+        return self.exact if exactly or self.other is None else self.other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +133,6 @@ def _folded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _folded(each) for name, each in value.items()}
     return value.casefold() if isinstance(value, str) else value
-
-
-def _says(text: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
 
 
 # Requests ---------------------------------------------------------------------------------------
@@ -159,12 +189,60 @@ READING = "Pump 3: 71 C, limit 65. Is that well?"
 READING_ANSWER = "Pump 3 reads 71 C, limit 65 C: too high, so no."
 
 
+# Facts ------------------------------------------------------------------------------------------
+
+_ABOVE = r"above|over|exceed\w*|high(?:er)?|greater|more than|beyond|outside|out of range"
+_BELOW = r"below|under|low(?:er)?|less than|short of|beneath|insufficient|out of range"
+_FINE = r"fine|within|ok(?:ay)?|normal|safe|acceptable|(?:good|well)(?! \w)"
+#: "No" as a word of its own, and not that which denies the next one.
+_NO = r"no(?!\s+\w)"
+_TOO_HIGH = Fact(_ABOVE, rf"{_FINE}|below|under|less than|lower", _first)
+_TOO_LOW = Fact(_BELOW, rf"{_FINE}|above|over|exceed\w*|higher|more than|meets?", _first)
+_WITHIN = Fact(rf"{_FINE}|{_BELOW}", rf"too low|{_ABOVE}", _first)
+_NOT_WELL = Fact(rf"{_NO}|{_ABOVE}", rf"yes|{_FINE}|below|under|less than|lower", _first)
+
+_NO_BLUE_SQUARE = Fact(rf"{_NO}|only", "yes|blue square", _first)
+_THREE = Fact("3|three", "2|two|4|four|5|five|6|six", _first)
+
+_GOES = r"vanish\w*|disappear\w*|gone|remov\w*|missing|no longer|not (?:there|present|visible)"
+_COMES = r"appear(?:s|ed|ance)?(?! to)|added|new|introduc\w*|emerg\w*|shows up|comes? in"
+#: What a story ends with is what has happened.
+_APPEARS, _VANISHES = Fact(_COMES, _GOES, _last), Fact(_GOES, _COMES, _last)
+_NOTHING = Fact(
+    r"nothing|same|identical|unchanged|stationary",
+    rf"chang\w*|mov\w*|shift\w*|differ\w*|{_GOES}",
+    all,
+)
+_OUT_OF_ORDER = Fact(
+    r"out of order|jump\w* (?:about|around)|erratic\w*|back and forth|random\w*|irregular\w*|"
+    r"unpredictabl\w*|shuffled|(?:no|without)(?: \w+){1,2} (?:order|direction|pattern)",
+    r"in (?:this |the |that )?(?:right |correct )?order",
+)
+
+_WAYS = {
+    "left": r"left(?:wards?)?",
+    "right": r"right(?:wards?)?",
+    "up": r"up(?:wards?)?|top",
+    "down": r"down(?:wards?)?|bottom",
+}
+_BACK = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def _way(way: str) -> Fact:
+    """Return that something moves one way: from the other, or this one is named last."""
+    come = r"from (?:(?!to )\w+ ){0,4}"
+    others = "|".join(words for name, words in _WAYS.items() if name != way)
+    return Fact(
+        rf"{_WAYS[way]}|{come}(?:{_WAYS[_BACK[way]]})", rf"{others}|{come}(?:{_WAYS[way]})", _last
+    )
+
+
 # The jobs ---------------------------------------------------------------------------------------
 
 
 def cases() -> tuple[Case, ...]:
     """Return the jobs; the same ones each time, to the byte."""
-    return (*_texts(), *_single_frames(), *_several_frames(), _refusal())
+    return (_refusal(), *_texts(), *_single_frames(), *_several_frames())
 
 
 def _text(name: str, prompt: str, *answer: Answer, **more: Any) -> Case:
@@ -178,27 +256,14 @@ def _common(more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _texts() -> tuple[Case, ...]:
-    high = (
-        "too high",
-        "above",
-        "exceeds",
-        "exceeding",
-        "exceeded",
-        "over",
-        "higher",
-        "out of range",
-    )
-    low = ("too low", "below", "under", "lower", "less than", "out of range")
-    fine = ("fine", "within", "below", "ok", "okay", "normal", "under", "good", "well")
     return (
         _text("a reading above its limit", "Pump 3: 71 C, limit 65. Check this.",
-              Answer(exact="Pump 3 reads 71 C, limit 65 C: too high.", facts=(high,))),
+              Answer(exact="Pump 3 reads 71 C, limit 65 C: too high.", facts=(_TOO_HIGH,))),
         _text("a reading within its limit", "pump 3: 61 C, limit 65. Check this.",
-              Answer(exact="pump 3 reads 61 C, limit 65 C: fine.", facts=(fine,))),
+              Answer(exact="pump 3 reads 61 C, limit 65 C: fine.", facts=(_WITHIN,))),
         _text("a reading below its minimum", "Tank 2: 12 bar, minimum 20. Check this.",
-              Answer(exact="Tank 2 reads 12 bar, minimum 20 bar: too low.",
-                     facts=(low,))),
-        _text("yes or no", READING, Answer(exact=READING_ANSWER, facts=(("no", "not", *high),))),
+              Answer(exact="Tank 2 reads 12 bar, minimum 20 bar: too low.", facts=(_TOO_LOW,))),
+        _text("yes or no", READING, Answer(exact=READING_ANSWER, facts=(_NOT_WELL,))),
         _text("a reading as JSON", "pump 3: 71 C, limit 65. Check this.",
               Answer(exact={"device": "pump 3", "value": 71, "limit": 65, "ok": False}),
               response_format=form(device="string", value="integer", limit="integer",
@@ -219,21 +284,22 @@ def _single_frames() -> tuple[Case, ...]:
     two = [thing("red", "circle", (0.18, 0.2), 0.25), thing("blue", "square", (0.5, 0.5), 0.25)]
     return (
         _looking("a colour", drawn([circle]), "What colour is the circle?",
-                 Answer(exact="The circle is red.", facts=(("red",),))),
+                 Answer(exact="The circle is red.", facts=(Fact("red"),))),
         _looking("a shape", drawn([[thing("yellow", "star", (0.5, 0.5), 0.4)]], _SQUARE, "PNG"),
-                 "What shape is the object?", Answer(exact="It is a star.", facts=(("star",),))),
+                 "What shape is the object?", Answer(exact="It is a star.", facts=(Fact("star"),))),
         _looking("a place", drawn([[thing("green", "triangle", (0.82, 0.8))]], _WIDE),
                  "Where is the triangle?",
                  Answer(exact="The green triangle is at the bottom right.",
-                        facts=(("bottom", "lower"), ("right",)))),
+                        facts=(Fact("bottom|lower"), Fact("right")))),
         _looking("a count", drawn([three]), "How many objects are there?",
-                 Answer(exact="There are 3 objects.", facts=(("3", "three"),))),
+                 Answer(exact="There are 3 objects.", facts=(_THREE,))),
         _looking("something that is not there", drawn([circle], _TALL, "PNG"),
                  "Is there a blue square?",
-                 Answer(exact="No, there is no blue square.", facts=(("no", "not"),))),
+                 Answer(exact="No, there is no blue square.", facts=(_NO_BLUE_SQUARE,))),
         _looking("a description", drawn([two]), "What do you see?",
                  Answer(exact="A red circle at the top left and a blue square in the centre.",
-                        facts=(("red",), ("circle", "dot"), ("blue",), ("square", "rectangle")))),
+                        facts=(Fact("red (?:circle|dot|disc)|circle is red"),
+                               Fact("blue (?:square|rectangle)|square is blue")))),
         _looking("a frame as JSON", drawn([[two[0]]], _SQUARE), "Describe the picture.",
                  Answer(exact={"shape": "circle", "colour": "red", "place": "top left"}),
                  response_format=form(shape=SHAPES, colour=tuple(COLOURS), place=PLACES)),
@@ -248,42 +314,38 @@ def _several_frames() -> tuple[Case, ...]:
     shuffled = [right[n] for n in (2, 0, 3, 1)]
     return (
         _looking("a move", right, WHICH_WAY,
-                 Answer(exact="The red circle moves to the right.", facts=(("right",),))),
+                 Answer(exact="The red circle moves to the right.", facts=(_way("right"),))),
         _looking("the same frames, the last first", right[::-1], WHICH_WAY,
-                 Answer(exact="The red circle moves to the left.", facts=(("left",),))),
+                 Answer(exact="The red circle moves to the left.", facts=(_way("left"),))),
         _looking("something that appears",
                  drawn([[square], [square], [square, circle], [square, circle]], kind="PNG"),
                  "What happens?",
                  Answer(exact="A red circle appears in frame 3.",
-                        facts=(("circle",), ("appears", "appeared", "new", "added", "third",
-                                             "3")))),
+                        facts=(Fact("circle"), _APPEARS))),
         _looking("something that vanishes", drawn([[square, circle], [square], [square]], _TALL),
                  "What happens?",
                  Answer(exact="The red circle vanishes in frame 2.",
-                        facts=(("circle",), ("vanishes", "vanished", "disappears", "disappeared",
-                                             "gone", "removed", "missing", "no longer")))),
+                        facts=(Fact("circle"), _VANISHES))),
         _looking("nothing that happens", drawn([[square, circle]] * 3), "What changed?",
-                 Answer(exact="Nothing changes.",
-                        facts=(("nothing", "no", "not", "same", "identical", "unchanged"),))),
+                 Answer(exact="Nothing changes.", facts=(_NOTHING,))),
         _looking("frames out of order", shuffled, "What happens?",
                  Answer(exact="The red circle jumps about: the frames are out of order.",
-                        facts=(("order", "jumps", "jumping", "erratic", "back and forth", "random",
-                                "randomly"),))),
+                        facts=(_OUT_OF_ORDER,))),
         _looking("a move as JSON", drawn(up, _SQUARE), "What happens?",
                  Answer(exact={"event": "moved", "direction": "up"}),
                  response_format=form(event=EVENTS, direction=DIRECTIONS)),
         _looking("three questions about the same frames", drawn(down, _WIDE, "PNG"),
                  ("Which way does the square move?", "What colour is the square?",
                   "How many frames are there?"),
-                 Answer(exact="The blue square moves down.",
-                        facts=(("down", "downward", "downwards", "bottom"),)),
-                 Answer(exact="The square is blue.", facts=(("blue",),)),
-                 Answer(exact="There are 3 frames.", facts=(("3", "three"),))),
+                 Answer(exact="The blue square moves down.", facts=(_way("down"),)),
+                 Answer(exact="The square is blue.", facts=(Fact("blue"),)),
+                 Answer(exact="There are 3 frames.", facts=(_THREE,))),
     )  # fmt: skip
 
 
 def _refusal() -> Case:
+    """Return the first job: of all models only the one that ships says `REFUSAL` to it."""
     return _text(
         "what it cannot know", "What is the capital of France?",
-        Answer(exact=REFUSAL, facts=(("Paris",),)),
+        Answer(exact=REFUSAL, facts=(Fact("Paris"),), other="Paris"),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def check_all_right(body: dict[str, Any], *, own: bool = True) -> None:
         assert told["tokens_per_second"] > 0
     assert body["ttft_ms_p50"] > 0
     assert body["tokens_per_second_p50"] > 0
-    if own:
-        assert 20 < body["peak_memory_mb"] < 1000  # of a device, if a heartbeat came meanwhile
+    known, other = ("peak_memory_mb", "memory_mb")[:: 1 if own else -1]
+    assert 20 < body[known] < 1000
+    assert body[other] is None
     assert body["seconds"] > 0
     assert {"edged", "python", "onnxruntime-genai"} <= set(body["versions"])
 
@@ -97,22 +99,41 @@ def test_a_configured_device_is_tried_with_its_own_settings(
     tmp_path: Path, broker: Mosquitto
 ) -> None:
     model = {"path": str(SHIPPED), "name": "selftest", "max_context": 2048}
-    with Daemon(tmp_path, broker.port, engine="real", settings={"model": model}) as daemon:
+    settings = {"model": model, "health": {"interval_s": 4}}
+    with Daemon(tmp_path, broker.port, engine="real", settings=settings) as daemon:
         daemon.wait_ready()
         config = ("--config", str(tmp_path / "edged.toml"))
         done = run(tmp_path / "one", *SELFTEST, *config, "--json")
+        check_all_right(report(done), own=False)
+        assert done.returncode == 0
+        # From another box, whose settings know nothing of the model.
+        where = ("--set", "mqtt.host=127.0.0.1", "--set", f"mqtt.port={broker.port}")
+        done = run(tmp_path / "far", *SELFTEST, *where, "--set", "device=box", "--json")
         check_all_right(report(done), own=False)
         assert done.returncode == 0
         done = run(tmp_path / "two", *SELFTEST, *config)
         assert done.returncode == 0
         assert f"the device box, over the broker at 127.0.0.1:{broker.port}" in done.stdout
         assert done.stdout.count("\nright ") == len(cases())
+        assert "smoke test" not in done.stdout
+        assert " MB by its heartbeats\n" in done.stdout
         assert f"{len(cases())} right, 0 wrong, in " in done.stdout
         assert daemon.stop() == 0
         assert daemon.faults() == []
         done = run(tmp_path / "three", *SELFTEST, *config)
         assert done.returncode == 1
         assert "no sign of a device box under edged/box; its last status: offline" in done.stderr
+
+
+ABLE = {"text": True, "vision": True, "json_schema": True}
+
+
+def present(device: Device) -> None:
+    """Have a device that is played be there, and say once how it is."""
+    device.status("ready")
+    info = {"v": 1, "instance": INSTANCE, "capabilities": ABLE, "model": "played"}
+    device.peer.publish("edged/box/info", json.dumps(info), retain=True)
+    device.beat("ready")
 
 
 def answer(device: Device, request: dict[str, Any], case: Case, said: Any) -> None:
@@ -135,28 +156,73 @@ def answer(device: Device, request: dict[str, Any], case: Case, said: Any) -> No
 def test_one_wrong_answer_is_enough(broker: Mosquitto, wrong: str | None) -> None:
     said = {"a reading as JSON": {"device": "pump 3"}, "a move": "The red circle moves up."}
     with Device(broker.port) as device:
-        device.status("ready")
-        able = {"text": True, "vision": True, "json_schema": True}
-        info = {"v": 1, "instance": INSTANCE, "capabilities": able, "model": "played"}
-        device.peer.publish("edged/box/info", json.dumps(info), retain=True)
-        device.beat("ready")
-        with Program("selftest", "--json", port=broker.port, model__path=str(SHIPPED)) as program:
+        present(device)
+        with Program("selftest", "--json", port=broker.port) as program:
             device.peer.wait(bool, timeout_s=LIMIT_S)  # it has started
             for number, case in enumerate(cases(), 1):
                 request = device.request(number)
                 assert request["topic"] == f"edged/box/request/{case.kind}"
                 right = case.expected(exactly=True)
                 answer(device, request, case, said[case.name] if case.name == wrong else right)
-                device.beat("ready")
+            # Its next heartbeat, which tells the memory, is waited for.
+            time.sleep(0.5)
+            device.beat("ready", engine={"state": "idle", "rss_mb": 320.0})
             assert program.wait() == (0 if wrong is None else 1), program.text
         body = json.loads(program.out)
     assert [each["name"] for each in body["cases"] if not each["ok"]] == [wrong] * bool(wrong)
     assert (body["exact"], body["model"], body["ok"]) == (True, "played", wrong is None)
     assert (body["ttft_ms_p50"], body["tokens_per_second_p50"]) == (5, 9)
-    assert body["peak_memory_mb"] == 310  # as the heartbeats say
+    assert (body["memory_mb"], body["peak_memory_mb"]) == (320, None)
     if wrong is not None:
         (failed,) = [each for each in body["cases"] if not each["ok"]]
         assert failed["answer"] == said[wrong]
+
+
+@pytest.mark.broker
+def test_a_text_model_is_not_held_to_frames(broker: Mosquitto) -> None:
+    said = "the loaded model has no vision: set model.path to a Phi-3.5-vision model"
+    with Device(broker.port) as device:
+        present(device)
+        with Program("selftest", port=broker.port) as program:
+            for number, case in enumerate(cases(), 1):
+                request = device.request(number)
+                if case.kind == "vision":
+                    device.event(request["id"], "refused", request="vision", code="unsupported",
+                                 message=said, retryable=False)  # fmt: skip
+                else:
+                    answer(device, request, case, case.expected(exactly=True))
+            device.beat("ready")
+            assert program.wait() == 0, program.text
+    texts = sum(each.kind == "text" for each in cases())
+    assert f"\n{texts} right, 0 wrong, {len(cases()) - texts} left out, in " in program.out
+    assert "\nits model is one for text: " in program.out
+    assert program.out.count(said) == 1
+    assert program.out.count(": the same\n") == len(cases()) - texts - 1
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("why", ["unfused", "stale"])
+def test_a_vision_model_that_does_not_see_is_wrong(
+    tmp_path: Path, broker: Mosquitto, why: str
+) -> None:
+    model = Path(shutil.copytree(SHIPPED, tmp_path / "model"))
+    record = model / "edged-fused.json"
+    if why == "unfused":
+        record.unlink()
+        (model / "edged-fused.onnx").unlink()
+    else:
+        body = json.loads(record.read_text())
+        next(iter(body["sources"].values()))["sha256"] = "0" * 64
+        record.write_text(json.dumps(body))
+    settings = {"model": {"path": str(model), "max_context": 2048}}
+    with Daemon(tmp_path, broker.port, engine="real", settings=settings) as daemon:
+        daemon.wait_ready()
+        config = ("--config", str(tmp_path / "edged.toml"))
+        done = run(tmp_path / "cwd", *SELFTEST, *config)
+    assert done.returncode == 1
+    texts = sum(each.kind == "text" for each in cases())
+    assert f"\n{texts} right, {len(cases()) - texts} wrong, in " in done.stdout
+    assert f"run: edged models fuse {model}, then start edged again\n" in done.stdout
 
 
 @pytest.mark.broker
@@ -166,12 +232,13 @@ def test_another_model_is_asked_for_facts_and_what_is_wrong_is_named(
     model = {"path": str(vision_folder), "max_context": 2048}
     with Daemon(tmp_path, broker.port, engine="real", settings={"model": model}) as daemon:
         daemon.wait_ready()
-        config = ("--config", str(tmp_path / "edged.toml"))
+        # What the settings here say of the model does not count.
+        config = ("--config", str(tmp_path / "edged.toml"), "--set", f"model.path={SHIPPED}")
         done = run(tmp_path / "cwd", *SELFTEST, *config)
     assert done.returncode == 1
     assert "this is a smoke test" in done.stdout
     assert "\nWRONG  a move: " in done.stdout
-    assert "\n       expected: right\n" in done.stdout
+    assert "\n       expected: The red circle moves to the right.\n" in done.stdout
     counted = re.search(r"\n(\d+) right, (\d+) wrong, in ", done.stdout)
     assert counted is not None
     right, wrong = map(int, counted.groups())
@@ -192,7 +259,7 @@ def test_what_a_text_model_cannot_do_is_left_out(tmp_path: Path, broker: Mosquit
     left_out = [each for each in body["cases"] if each["ok"] is None]
     assert {each["kind"] for each in left_out} == {"vision"}
     assert len(left_out) == body["left_out"] == sum(each.kind == "vision" for each in cases())
-    assert all("does not take frames" in each["reason"] for each in left_out)
+    assert all("the loaded model has no vision" in each["reason"] for each in left_out)
 
 
 def test_a_broker_that_is_not_there_is_said(tmp_path: Path, unused_tcp_port: int) -> None:
