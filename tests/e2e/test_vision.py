@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import base64
-import io
 import itertools
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from edged.selftest.cases import PLACES, form
+from edged.models.record import FUSED_GRAPH, FUSED_RECORD
+from edged.selftest.cases import PLACES, READING, READING_ANSWER, form
 from edged.selftest.drawings import COLOURS, Mark, Point, encoded, frame
 from tests.e2e.test_ask_top import Program, environment
 from tests.kit.client import Peer
 from tests.kit.daemon import ROOT, SHIPPED, Daemon
 from tests.kit.mosquitto import PROGRAM, Mosquitto
-from tests.kit.vision import stock_copy
 
 pytestmark = [pytest.mark.broker, pytest.mark.engine]
 
 #: How a place is spelled is the schema's choice: with any string the model takes either centre.
 FORM = form(shape="string", colour="string", place=PLACES)
-
-
-def jpeg(number: int) -> bytes:
-    """Return a picture, another one for each number."""
-    levels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(levels).resize((320, 240), Image.Resampling.NEAREST).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def seeing(directory: Path, port: int, model: Path) -> Daemon:
@@ -62,6 +52,7 @@ def draw(
     return encoded(frame(marks), kind, quality)
 
 
+WHICH_WAY = "Which way does the red circle move?"
 TO_THE_RIGHT: tuple[Point, ...] = ((0.18, 0.5), (0.39, 0.5), (0.61, 0.5), (0.82, 0.5))
 
 
@@ -112,9 +103,8 @@ def eyes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Eyes]:
 
 def test_the_answer_turns_round_with_the_frames(eyes: Eyes) -> None:
     frames = [draw(at) for at in TO_THE_RIGHT]
-    question = "Which way does the red circle move?"
-    assert eyes.says(frames, question) == "The red circle moves to the right."
-    assert eyes.says(frames[::-1], question) == "The red circle moves to the left."
+    assert eyes.says(frames, WHICH_WAY) == "The red circle moves to the right."
+    assert eyes.says(frames[::-1], WHICH_WAY) == "The red circle moves to the left."
 
 
 def test_frames_out_of_order_are_noticed(eyes: Eyes) -> None:
@@ -147,6 +137,23 @@ def test_the_file_format_does_not_change_the_answer(eyes: Eyes, colour: str) -> 
         assert where["json"] == {"colour": colour, "shape": "circle", "place": "centre"}
 
 
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "yellow"])
+@pytest.mark.parametrize("way", ["right", "left", "up", "down"])
+def test_the_file_format_does_not_change_what_moves_where(
+    eyes: Eyes, colour: str, way: str
+) -> None:
+    along = [at[0] for at in TO_THE_RIGHT]
+    if way in {"left", "up"}:
+        along.reverse()
+    path = [(0.5, at) if way in {"up", "down"} else (at, 0.5) for at in along]
+    said = {"right": "to the right", "left": "to the left"}.get(way, way)
+    formats: tuple[dict[str, Any], ...] = ({"kind": "PNG"}, {"kind": "JPEG", "quality": 60})
+    for file in formats:
+        frames = [draw(at, colour=colour, **file) for at in path]
+        moves = f"Which way does the {colour} circle move?"
+        assert eyes.says(frames, moves) == f"The {colour} circle moves {said}."
+
+
 def test_several_questions_about_the_same_frames(eyes: Eyes) -> None:
     frames = [draw(at) for at in TO_THE_RIGHT]
     questions = ["Which way does the circle move?", "What colour is the circle?"]
@@ -157,40 +164,57 @@ def test_several_questions_about_the_same_frames(eyes: Eyes) -> None:
     assert [each["index"] for each in result["frames"]["used"]] == [0, 1, 2, 3]
 
 
-def test_ask_about_pictures_and_about_a_camera(
-    broker: Mosquitto, tmp_path: Path, vision_folder: Path
-) -> None:
-    for number in range(2):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-    pictures = ("--frame", str(tmp_path / "0.jpg"), "--frame", str(tmp_path / "1.jpg"))
-    what = ("ask", "What changed?", "--max-tokens", "8", "--detail", "low")
+def test_ask_about_pictures_and_about_a_camera(broker: Mosquitto, tmp_path: Path) -> None:
+    drawn = [draw(at) for at in TO_THE_RIGHT]
+    for number, frame_ in enumerate(drawn):
+        (tmp_path / f"{number}.jpg").write_bytes(frame_)
+
+    def pictures(*numbers: int) -> list[str]:
+        names = (str(tmp_path / f"{number}.jpg") for number in numbers)
+        return [each for name in names for each in ("--frame", name)]
+
+    which_way = ("ask", WHICH_WAY, "--detail", "low")
+    right, left = ("The red circle moves to the right.", "The red circle moves to the left.")
     with (
-        seeing(tmp_path, broker.port, vision_folder) as daemon,
+        seeing(tmp_path, broker.port, SHIPPED) as daemon,
         Peer(broker.port, "edged/box/camera/door/status") as camera,
     ):
         daemon.wait_ready()
-        with Program(*what, *pictures, "--json", port=broker.port) as ask:
+        with Program(*which_way, *pictures(0, 1, 2, 3), "--json", port=broker.port) as ask:
             about = result(ask)
-        assert [each["index"] for each in about["frames"]["used"]] == [0, 1]
-        assert about["usage"]["image_tokens"] == 2 * 313
-        with Program(*what, *pictures, port=broker.port) as ask:
+        assert about["text"] == right
+        assert [each["index"] for each in about["frames"]["used"]] == [0, 1, 2, 3]
+        assert about["usage"]["image_tokens"] == 4 * 25
+        with Program(*which_way, *pictures(3, 2, 1, 0), port=broker.port) as ask:
             assert ask.wait() == 0, ask.text
-        assert ask.out == f"{about['text']}\n"
-        with Program(*what, *pictures[2:], "--json", port=broker.port) as ask:
-            assert result(ask)["text"] != about["text"]  # it does depend on the pictures
-        # The same two, by way of a camera that sent three.
-        for number in (7, 0, 1):
-            camera.publish("edged/box/camera/door/frame", jpeg(number), qos=0)
-        camera.wait(lambda seen: json.loads(seen[-1].payload)["buffered"] == 3 if seen else False)
-        options = ("--camera", "door", "--last", "2", "--json")
-        with Program(*what, *options, port=broker.port) as ask:
-            assert result(ask)["text"] == about["text"]
+        assert ask.out == f"{left}\n"
+        with Program("ask", "Where is the circle?", *pictures(3), port=broker.port) as ask:
+            assert ask.wait() == 0, ask.text
+        assert ask.out == "The red circle is on the right.\n"
+
+        def seen_by_camera(frames: Sequence[bytes], buffered: int) -> None:
+            for each in frames:
+                camera.publish("edged/box/camera/door/frame", each, qos=0)
+            camera.wait(
+                lambda seen: bool(seen) and json.loads(seen[-1].payload)["buffered"] == buffered
+            )
+
+        # The newest four count, not what was before them.
+        of_the_camera = ("--camera", "door", "--last", "4")
+        seen_by_camera([draw((0.5, 0.5), colour="blue"), *drawn], 5)
+        with Program(*which_way, *of_the_camera, port=broker.port) as ask:
+            assert ask.wait() == 0, ask.text
+        assert ask.out == f"{right}\n"
+        seen_by_camera(drawn[::-1], 9)
+        with Program(*which_way, *of_the_camera, "--json", port=broker.port) as ask:
+            about = result(ask)
+        assert about["text"] == left
+        assert [each["index"] for each in about["frames"]["used"]] == [0, 1, 2, 3]
         with Program("ask", "What?", "--camera", "yard", port=broker.port) as ask:
             assert ask.wait() == 1
         assert "no_frames: no camera yard has sent a frame" in ask.err
-        (tmp_path / "cut.jpg").write_bytes(jpeg(3)[:-2])
-        cut = ("--frame", str(tmp_path / "0.jpg"), "--frame", str(tmp_path / "cut.jpg"))
-        with Program("ask", "What?", *cut, port=broker.port) as ask:
+        (tmp_path / "4.jpg").write_bytes(drawn[3][:-2])
+        with Program("ask", "What?", *pictures(0, 4), port=broker.port) as ask:
             assert ask.wait() == 1
         assert "bad_frame: frame 1: it is truncated" in ask.err
         assert daemon.stop() == 0
@@ -200,13 +224,15 @@ def test_ask_about_pictures_and_about_a_camera(
 def test_a_folder_that_is_not_fused_says_what_to_run_and_is_used_from_the_next_start(
     broker: Mosquitto, tmp_path: Path
 ) -> None:
-    folder = stock_copy(tmp_path / "my model")
-    (tmp_path / "a.jpg").write_bytes(jpeg(1))
-    look = ("ask", "What is it?", "--frame", str(tmp_path / "a.jpg"), "--max-tokens", "4")
+    folder = Path(shutil.copytree(SHIPPED, tmp_path / "my model"))
+    for name in (FUSED_GRAPH, FUSED_RECORD):
+        (folder / name).unlink()
+    (tmp_path / "a.jpg").write_bytes(draw((0.5, 0.5)))
+    look = ("ask", "What colour is the circle?", "--frame", str(tmp_path / "a.jpg"))
     with seeing(tmp_path, broker.port, folder) as daemon:
         daemon.wait_ready()
-        with Program("ask", "Who are you?", "--max-tokens", "4", "--json", port=broker.port) as ask:
-            result(ask)  # it answers text meanwhile
+        with Program("ask", READING, "--json", port=broker.port) as ask:
+            assert result(ask)["text"] == READING_ANSWER  # it answers text meanwhile
         with Program(*look, port=broker.port) as ask:
             assert ask.wait() == 1
         assert "unsupported: " in ask.err
@@ -224,6 +250,6 @@ def test_a_folder_that_is_not_fused_says_what_to_run_and_is_used_from_the_next_s
         daemon.start()
         daemon.wait_ready()
         with Program(*look, "--json", port=broker.port) as ask:
-            assert len(result(ask)["frames"]["used"]) == 1
+            assert result(ask)["text"] == "The circle is red."
         assert daemon.stop() == 0
         assert daemon.faults() == []
