@@ -18,12 +18,20 @@
 #   --wheel FILE           take this wheel of edged, do not build the checkout
 #   --no-start             neither enable nor start the service
 #   --no-systemd           no service at all
-#   --dry-run              say what would be done, change nothing; needs no root
+#   --dry-run              say what would be done, change and fetch nothing; needs no root
 #   --root DIR             with --dry-run: look at the system below DIR
 #
-# PYTHON=/path/to/python3.12 names another Python than the system's. What cannot be finished is said
-# before anything is changed. Whatever ends it in between, run it again. A new version is installed
-# beside the old one and tested before it takes its place.
+# PYTHON=/path/to/python3.12 names another Python than the system's.
+#
+# What cannot be finished is said before anything is changed: packages are fetched first, and the hub
+# is asked whether it has the model. What can still fail is the fetching of that model, a disk that
+# others fill meanwhile, and what a package of the system does when it is installed. Whatever ends it
+# in between, run it again: it knows what is still to be done, and what is still to be restarted. A
+# new version, and a model, are put beside what runs; the version is tested before it takes its place.
+# --cuda, --with-mosquitto, --no-systemd and --no-start are remembered until --uninstall.
+#
+# It ends with `edged check`. Exit status: 0 done; 1 not done; 2 wrong usage; 3 installed, but edged
+# is not ready: what is wrong is said.
 set -Eeuo pipefail
 umask 022
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
@@ -33,8 +41,8 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 source=${here%/*} # the checkout, or the unpacked bundle
 root='' dry_run=false uninstall=false purge=false start=true systemd=true
 broker='' user='' password_file='' ca='' device='' with_mosquitto=false
-model='' model_folder='' revision='' cuda=false offline='' wheel=''
-changed=false work=''
+model='' model_folder='' revision='' cuda=false offline='' wheel='' wheels='' packages=()
+changed=false work='' owes=() start_if_enabled=false
 
 # What every step is written with -----------------------------------------------------------------
 
@@ -47,15 +55,32 @@ die() {
     exit 1
 }
 
+# What no `die` foresaw.
+failed() {
+    [ "$BASH_SUBSHELL" = 0 ] || return 0
+    echo "install.sh: this failed: $BASH_COMMAND" >&2
+    if $changed; then
+        echo "install.sh: see what it said above, then run this again: it goes on from there" >&2
+    else
+        echo "install.sh: see what it said above; nothing was changed" >&2
+    fi
+}
+
 usage() { sed -n 's/^#   \(.*\)/\1/p' "${BASH_SOURCE[0]}"; }
 
-# act WHAT: say what is done now; false in a dry run
+# act WHAT: say what is done now; false in a dry run. Which services it makes stale is kept in a
+# file of each, so that a run that is ended here leaves the restart to the next.
 act() {
+    local each
     changed=true
     if $dry_run; then
         echo "would $*"
         return 1
     fi
+    for each in "${owes[@]}"; do
+        mkdir -p "$base"
+        : >>"$base/.restart-$each"
+    done
     echo "$*"
 }
 
@@ -85,6 +110,24 @@ link() {
 folder() {
     if [ -d "$1" ] && [ "$(stat -c '%a %U:%G' "$1")" = "$2 $3" ]; then return; fi
     if act "make $1"; then install -d -m "$2" -o "${3%:*}" -g "${3#*:}" "$1"; fi
+}
+
+# ours FILE: whether it is as `give` wrote it, or not there
+ours() { [ ! -e "$1" ] || grep -qsFx -- "$(sha256sum <"$1") ${1#"$root"}" "$root$given"; }
+
+# give SOURCE TARGET [MODE [OWNER:GROUP]]: as put, unless somebody else has written it since
+give() {
+    if ! ours "$2"; then
+        cmp -s "$1" "$2" || say "$2 was changed by others: left as it is"
+        return
+    fi
+    local sum
+    sum="$(sha256sum <"$1") $2"
+    if ! grep -qsFx -- "$sum" "$given"; then # before the file: it may be ended in between
+        (umask 077 && echo "$sum" >>"$given")
+        sync "$given"
+    fi
+    put "$@"
 }
 
 # remove PATH…: whatever of it is there
@@ -164,6 +207,7 @@ base=/opt/edged.d    # every installed version, in a folder of its own
 current=/opt/edged   # a link to the one in use
 state=/var/lib/edged
 config=/etc/edged
+given=$config/mosquitto.sha256 # what was written for mosquitto
 units=/etc/systemd/system
 
 check_box() {
@@ -196,6 +240,37 @@ check_box() {
     fi
     if [ -e "$root$current" ] && [ ! -L "$root$current" ]; then
         die "$current is there, and not made by this" "move it away: mv $current $current.old"
+    fi
+}
+
+# What was asked for when edged was installed holds until it is uninstalled.
+recall() {
+    local was=$root$base/.options option
+    [ -r "$was" ] || return 0
+    while read -r option; do
+        case $option in
+            --cuda)
+                if $cuda; then continue; fi
+                cuda=true
+                ;;
+            --with-mosquitto)
+                if $with_mosquitto || [ -n "$broker$user$password_file$ca" ]; then continue; fi
+                with_mosquitto=true
+                ;;
+            --no-systemd)
+                if ! $systemd; then continue; fi
+                systemd=false
+                ;;
+            --no-start) # what was started by hand since is looked after as any other
+                if $start; then start_if_enabled=true; fi
+                continue
+                ;;
+            *) continue ;;
+        esac
+        say "$option, as when it was installed (--uninstall forgets it)"
+    done <"$was"
+    if ! $systemd && [ -e "$root$units/edged.service" ]; then
+        die "edged is a service here" "install.sh --uninstall first: settings and models stay"
     fi
 }
 
@@ -262,8 +337,10 @@ check_bundle() {
             die "$offline is for Python $(said python), $python is $python_version" \
                 "make one with --python $python_version, or name such a Python by PYTHON="
         [ "$(said extra)" = "$extra" ] ||
-            die "$offline is made for $(said extra), this is to be $extra" "add or leave out --cuda"
+            die "$offline is made for $(said extra), this is to be $extra" \
+                "take another, or add --cuda; what edged was installed with, --uninstall forgets"
         wheel=$(echo "$source"/wheels/edged-*.whl)
+        wheels=$source/wheels
         if [ -z "$model" ]; then
             for model in "$source"/models/*/; do model=${model%/}; done
             [ -d "$model" ] || model=
@@ -310,7 +387,6 @@ check_model() {
             die "--model $model: not all of its files can be read"
         if grep -Eqs '"type": *"phi3v"' "$model/genai_config.json"; then sees=true; fi
     elif [[ $model =~ ^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$ ]]; then
-        [ -z "$offline" ] || die "--offline cannot fetch $model" "put it into the bundle: --model"
         name=${model##*/}
     else
         die "--model $model: no such folder, and no owner/name of the hub"
@@ -318,13 +394,97 @@ check_model() {
     [[ $name =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
         die "--model: '$name' does not do as a name" "rename the folder to letters, digits, . _ -"
     model_dir=$state/models/$name
-    if [ -d "$model" ] && [ "$model" != "$model_dir" ]; then
+    local part=$root$state/models/.$name.part said
+    if [ ! -d "$model" ]; then
+        if [ -d "$root$model_dir" ]; then
+            said=$(hub compare "$root$model_dir") || die "$model_dir is there, and ${said##*$'\n'}" \
+                "leave --model out to keep it; remove it to have the other: rm -r $model_dir"
+        else
+            [ -z "$offline" ] || die "--offline cannot fetch $model" "put it into the bundle: --model"
+            said=$(hub size) || die "${said%%$'\n'*}" "${said##*$'\n'}"
+            room_for "$state" "$said" "$part"
+        fi
+    elif [ "$model" != "$model_dir" ]; then
         if [ ! -d "$root$model_dir" ]; then
-            room_for "$state" "$(du -sbL "$model" | cut -f1)"
+            room_for "$state" "$(du -sbL "$model" | cut -f1)" "$part"
         elif [ "$(listing "$model")" != "$(listing "$root$model_dir")" ]; then
             die "$model_dir is there, and is not $model" "rename yours, or remove that one"
         fi
     fi
+}
+
+# hub compare DIR: how DIR is another than what is asked for, nobody else being asked; hub size: the
+# bytes that the hub would send. `edged models pull`, which does the rest, is not installed yet.
+hub() {
+    "$python" -I - "$model" "$model_folder" "$revision" "$@" 2>&1 <<'PY'
+import json, os, pathlib, sys
+from urllib import error, parse, request
+
+identity, folder, revision, what, *rest = sys.argv[1:]
+if what == "compare":
+    try:
+        there = json.loads(pathlib.Path(rest[0], "edged-source.json").read_bytes())
+    except (OSError, ValueError):
+        sys.exit(f"was not fetched from {identity}")
+    if there["repository"] != identity or folder.strip("/") not in ("", there["folder"] or "."):
+        sys.exit(f"is {there['repository']} {there['folder']}")
+    if revision not in ("", there["revision"], there["commit"]):
+        sys.exit(f"is {identity} at {there['commit']} ({there['revision']}), not {revision}")
+    sys.exit()
+
+where = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+token = os.environ.get("HF_TOKEN", "")
+
+
+class Stay(request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def ask(path, method="GET", *handlers):
+    asked = request.Request(where + parse.quote(path, safe="/?="), method=method)
+    if token:
+        asked.add_unredirected_header("Authorization", f"Bearer {token}")
+    try:
+        with request.build_opener(*handlers).open(asked, timeout=30) as answer:
+            return answer.read()
+    except error.HTTPError as refused:
+        if 300 <= refused.code < 400 and handlers:
+            return b""
+        code = refused.headers.get("X-Error-Code") or refused.code
+        if code == "RevisionNotFound":
+            sys.exit(f"{identity} has no revision {revision}\nsee to its spelling")
+        if code in ("GatedRepo", 403):
+            sys.exit(f"{identity} is given only to those who accepted its terms\n"
+                     f"accept them at {where}/{identity}, and set HF_TOKEN")
+        if refused.code in (401, 404):
+            sys.exit(f"{where} has no {identity}\nsee to its spelling; if it is private, set HF_TOKEN")
+        sys.exit(f"{where} does not say what {identity} is: {refused}\nrun this again later")
+    except OSError as broken:
+        sys.exit(f"{where} cannot be reached: {getattr(broken, 'reason', broken)}\n"
+                 "see to the network, or name a model's folder with --model")
+
+
+revision = revision or "main"
+answer = ask(f"/api/models/{identity}/revision/{parse.quote(revision, safe='')}?blobs=true")
+try:
+    answer = json.loads(answer)
+except ValueError:
+    sys.exit(f"{where} does not answer as the hub does\nsee to the network, or to HF_ENDPOINT")
+files = {pathlib.PurePosixPath(each["rfilename"]): each.get("size") or 0 for each in answer["siblings"]}
+models = sorted(str(path.parent) for path in files if path.name == "genai_config.json")
+wanted = str(pathlib.PurePosixPath(folder.strip("/"))) if folder else models[0] if len(models) == 1 else ""
+if not models:
+    sys.exit(f"{identity} holds no genai_config.json\n"
+             "take a repository made for onnxruntime-genai; their names end in -onnx")
+if wanted not in models:
+    sys.exit(f"{identity} has no model in {folder}\nit has: {', '.join(models)}" if folder else
+             f"{identity} holds several models\nadd --model-folder, one of: {', '.join(models)}")
+ask(f"/{identity}/resolve/{answer['sha']}/{pathlib.PurePosixPath(wanted, 'genai_config.json')}", "HEAD", Stay)
+kinds = (".onnx", ".data", ".onnx_data", ".json", ".model", ".txt", ".md")
+print((100 << 20) + sum(size for path, size in files.items()
+                        if str(path.parent) == wanted and path.name.endswith(kinds)))
+PY
 }
 
 # listing DIR: what tells a model's folder from another without reading all of it
@@ -349,7 +509,11 @@ check_settings() {
         [ -z "$each" ] || [ -s "$each" ] || die "$each is empty"
     done
     if $with_mosquitto; then
+        if [ -z "$device" ] && [ -r "$root$config/edged.toml" ]; then
+            device=$(settings device "$root$config/edged.toml") || device=''
+        fi
         device=${device:-$(box_name)}
+        [ "$device" != operator ] || die "--device: 'operator' is another user of the broker" "name another"
         host=localhost port=8883 tls=true user=$device
         check_mosquitto
     fi
@@ -357,6 +521,10 @@ check_settings() {
         "mqtt.username=$user" "model.path=$model_dir")
     if $with_mosquitto; then wanted+=(client.username=operator); fi
     [ -e "$root$config/edged.toml" ] || return 0
+    if $dry_run && [ ! -r "$root$config/edged.toml" ]; then
+        say "what only root may read is not looked at: $config/edged.toml"
+        return
+    fi
     said=$(settings compare "$root$config/edged.toml" "${wanted[@]}") ||
         die "$config/edged.toml: ${said##*$'\n'}" \
             "the file is yours and is not changed: edit it there, or leave that option out"
@@ -368,7 +536,8 @@ box_name() { # as edged names a device by its host
     echo "${name:0:64}"
 }
 
-# settings compare FILE NAME=VALUE…: what the file says otherwise; settings render NAME=VALUE…
+# settings compare FILE NAME=VALUE…: what the file says otherwise; settings device FILE: the name in
+# it; settings render NAME=VALUE…
 settings() {
     "$python" -I - "$@" 2>&1 <<'PY'
 import json, sys, tomllib
@@ -379,12 +548,14 @@ wanted = {}
 for name, value in (each.split("=", 1) for each in rest if "=" in each):
     if value:
         wanted[name] = types.get(name, str)(value)
-if what == "compare":
+if what != "render":
     try:
         with open(rest[0], "rb") as file:
             table = tomllib.load(file)
     except (OSError, ValueError) as error:
         sys.exit(f"cannot be read: {error}")
+    if what == "device":
+        print(table.get("device", ""))
     table |= {f"{name}.{key}": value for name, inner in table.items() if isinstance(inner, dict)
               for key, value in inner.items()}
     for name, value in wanted.items():
@@ -404,35 +575,65 @@ PY
 }
 
 check_mosquitto() {
-    local conf=$root/etc/mosquitto
+    local conf=$root/etc/mosquitto files=() each said instead="name it instead: --broker localhost"
     for each in make-certs.sh mosquitto/{edged,listener-tls}.conf mosquitto/acl; do
         [ -r "$source/deploy/brokers/$each" ] ||
             die "there is no $source/deploy/brokers/$each" "this copy is incomplete: get it again"
     done
-    for each in "$conf"/conf.d/*.conf; do
-        case $each in
-            */edged.conf | */listener-tls.conf | */'*.conf') ;;
-            *) die "mosquitto is already set up here: $each" "name it instead: --broker localhost" ;;
-        esac
-    done
-    if [ ! -e "$conf/conf.d/edged.conf" ] && [ -e "$conf/passwords" ]; then
-        die "mosquitto is already set up here: $conf/passwords" "name it: --broker localhost"
+    if [ ! -e "$root$given" ]; then # nothing of it is ours: then nothing may be there
+        for each in certs/{ca.pem,server.pem,server.key} passwords acl conf.d/{edged,listener-tls}.conf; do
+            [ ! -e "$conf/$each" ] || die "mosquitto is already set up here: $conf/$each" "$instead"
+        done
+        if [ -e "$conf/mosquitto.conf" ]; then
+            files=("$conf/mosquitto.conf")
+            said=$(sed -n 's/^[[:space:]]*include_dir[[:space:]]\+//p' "$conf/mosquitto.conf")
+            [[ $'\n'$said$'\n' = *$'\n'/etc/mosquitto/conf.d$'\n'* ]] ||
+                die "$conf/mosquitto.conf does not include /etc/mosquitto/conf.d" "$instead"
+            for each in $said; do files+=("$root$each"/*.conf); done
+            for each in "${!files[@]}"; do [ -e "${files[$each]}" ] || unset "files[$each]"; done
+            # what goes with ours; a broker would not start with another password file or listener,
+            # and whom it serves now would be cut off
+            said=$(awk '!/^[[:space:]]*(#|$)/ && $1 !~ /^(include_dir|pid_file|persist.*|log_.*)$/ {
+                print FILENAME ": " $0
+                exit
+            }' "${files[@]}")
+            [ -z "$said" ] || die "mosquitto is already set up here: $said" "$instead"
+        fi
+        if [ -z "$root" ]; then
+            ! connected 8883 0A || die "something listens on port 8883 already" "$instead"
+            if command -v mosquitto >/dev/null && connected 1883 01; then
+                die "there are clients on port 1883, which would be closed" "$instead"
+            fi
+        fi
     fi
-    if command -v mosquitto >/dev/null; then return; fi
-    [ -z "$offline" ] || die "mosquitto is not installed, and --offline cannot fetch it" \
+    packages=()
+    for each in mosquitto openssl; do command -v $each >/dev/null || packages+=("$each"); done
+    if [ ${#packages[@]} = 0 ]; then return; fi
+    [ -z "$offline" ] || die "${packages[*]} is not installed, and --offline cannot fetch it" \
         "bring its packages first (mosquitto, libmosquitto1, openssl), or use another --broker"
-    command -v apt-get >/dev/null || die "mosquitto is not installed, and there is no apt-get"
+    command -v apt-get >/dev/null || die "${packages[*]} is not installed, and there is no apt-get"
+}
+
+# connected PORT STATE: whether a local TCP port is in that state (0A: listening, 01: in use)
+connected() {
+    awk -v port=":$(printf %04X "$1")" -v state="$2" \
+        'substr($2, length($2) - 4) == port && $4 == state { found = 1 } END { exit !found }' \
+        /proc/net/tcp /proc/net/tcp6 2>/dev/null
 }
 
 # Room: what is needed is added up by file system, and compared once.
 declare -A need=() place=()
 
-# room_for FOLDER BYTES
+# room_for FOLDER BYTES [PATH…]: less what is there of these, which a run that was ended has left
 room_for() {
-    local at=$root$1 device
+    local at=$root$1 bytes=$2 device each
+    shift 2
+    for each in "$@"; do
+        [ ! -e "$each" ] || bytes=$((bytes - $(du -s -B1 "$each" | cut -f1)))
+    done
     while [ ! -d "$at" ]; do at=${at%/*}/; at=${at%/}; at=${at:-/}; done
     device=$(stat -c %d "$at")
-    need[$device]=$((${need[$device]:-0} + $2))
+    need[$device]=$((${need[$device]:-0} + bytes))
     place[$device]=$at
 }
 
@@ -460,9 +661,49 @@ check_version() {
         sha256sum <"$lock"
         "$python" -Ic 'import sys; print(sys.version, sys._base_executable)'
     } | sha256sum | cut -c1-12)
-    if [ ! -e "$root$base/$key/.complete" ]; then
-        room_for "$base" "$(if $cuda; then echo 4000000000; else echo 700000000; fi)"
+    [ ! -e "$root$base/$key/.complete" ] || return 0
+    local left=()
+    mapfile -t left < <(others '' 2>/dev/null)
+    room_for "$base" "$(if $cuda; then echo 4000000000; else echo 700000000; fi)" "${left[@]}"
+    if [ -z "$wheels" ]; then
+        room_for /var/tmp "$(if $cuda; then echo 3000000000; else echo 150000000; fi)"
     fi
+}
+
+# Fetched first: what is needed of a network, but for a model of the hub ---------------------------
+
+fetch() {
+    ! $dry_run || return 0
+    if $with_mosquitto && [ ${#packages[@]} != 0 ]; then
+        say "fetching ${packages[*]}"
+        # update says nothing by its status where it fails; then nothing can be fetched, or all is here
+        apt-get -qq update || true
+        apt-get -qq install --download-only --yes --no-install-recommends "${packages[@]}" >/dev/null ||
+            die "apt-get cannot fetch ${packages[*]}; nothing was changed" \
+                "see to the network and to /etc/apt, or name another broker: --broker"
+    fi
+    if [ -e "$base/$key/.complete" ] || [ -n "$wheels" ]; then return; fi
+    say "fetching edged's packages"
+    wheels=$work/wheels
+    TMPDIR=$work "$python" -m venv "$work/build"
+    download --requirement "$lock" --dest "$wheels"
+    if [ -z "$wheel" ]; then
+        download --requirement "$source/deploy/locks/build.lock" --dest "$work/tools"
+        TMPDIR=$work "$work/build/bin/python" -Im pip --disable-pip-version-check --quiet install \
+            --no-index --find-links "$work/tools" --require-hashes \
+            --requirement "$source/deploy/locks/build.lock"
+        TMPDIR=$work "$work/build/bin/python" -Im pip --disable-pip-version-check --quiet wheel --no-index \
+            --no-deps --no-build-isolation --wheel-dir "$work/wheel" "$source"
+        wheel=$(echo "$work"/wheel/edged-*.whl)
+    fi
+}
+
+# download OPTION…: wheels only, of the index that this box is set up for
+download() {
+    TMPDIR=$work "$work/build/bin/python" -m pip --disable-pip-version-check --no-input --quiet \
+        --no-cache-dir download --require-hashes --only-binary :all: "$@" ||
+        die "edged's packages cannot be fetched; nothing was changed" \
+            "see to the network, or bring them along: deploy/bundle.sh makes a bundle for --offline"
 }
 
 # Steps: each looks whether it is done already -----------------------------------------------------
@@ -484,59 +725,48 @@ install_user() {
 }
 
 install_version() {
-    local venv=$root$base/$key
-    if [ ! -e "$venv/.complete" ] && act "install edged into $venv (minutes)"; then
-        remove_old "$key" quietly
+    local venv=$base/$key
+    if [ ! -e "$root$venv/.complete" ] && act "install edged into $venv (minutes)"; then
+        remove_old
         rm -rf "$venv"
         mkdir -p "$base"
         TMPDIR=$work "$python" -m venv "$venv"
-        [ -n "$wheel" ] || build_wheel
-        pip "$venv" install --require-hashes --requirement "$lock"
-        pip "$venv" install --no-index --no-deps "$wheel"
+        pip install --require-hashes --requirement "$lock"
+        pip install --no-deps "$wheel"
         "$venv/bin/python" -Im pip check
         sync -f "$venv"
         touch "$venv/.complete"
     fi
     if ! $dry_run; then
-        selftest "$venv" >"$work/selftest" 2>&1 || {
+        as_edged "$venv/bin/edged" selftest >"$work/selftest" 2>&1 || {
             tail -n 20 "$work/selftest" >&2
-            die "edged does not pass its own test here; nothing was switched to it"
+            if [ "$(readlink "$current")" = "${base##*/}/$key" ]; then
+                die "edged does not pass its own test any more" \
+                    "remove what is damaged, and run this again: rm -r $venv"
+            fi
+            die "edged does not pass its own test here; what was there goes on as it was"
         }
         echo "edged passes its own test"
     fi
+}
+
+switch_version() {
     link "${base##*/}/$key" "$root$current"
     link "$current/bin/edged" "$root/usr/local/bin/edged"
 }
 
-# pip VENV …: takes wheels only, of a bundle or of the index that this box is set up for
+# pip install …: of the wheels that were fetched, or brought along
 pip() {
-    local venv=$1 TMPDIR=$work
-    export TMPDIR
-    shift
-    local options=(--disable-pip-version-check --no-input --quiet --no-cache-dir)
-    local command=$1
-    shift
-    if [ -n "$offline" ]; then
-        "$venv/bin/python" -Im pip --isolated "${options[@]}" "$command" --no-index \
-            --find-links "$source/wheels" --only-binary :all: "$@"
-    else
-        "$venv/bin/python" -m pip "${options[@]}" "$command" --only-binary :all: "$@"
-    fi
+    TMPDIR=$work "$base/$key/bin/python" -Im pip --isolated --disable-pip-version-check --no-input --quiet \
+        --no-cache-dir "$@" --no-index --find-links "$wheels" --only-binary :all: ||
+        die "edged's packages cannot be installed into $base/$key" "see above, then run this again"
 }
 
-build_wheel() {
-    TMPDIR=$work "$python" -m venv "$work/build"
-    pip "$work/build" install --require-hashes --requirement "$source/deploy/locks/build.lock"
-    TMPDIR=$work "$work/build/bin/python" -m pip --disable-pip-version-check --quiet wheel --no-index --no-deps \
-        --no-build-isolation --wheel-dir "$work/wheel" "$source"
-    wheel=$(echo "$work"/wheel/edged-*.whl)
-}
-
-# selftest VENV: edged's own test, as the user it will run as
-selftest() {
+# as_edged COMMAND…: as the user, and with the credentials and folders, that the service has
+as_edged() {
     (cd / && setpriv --reuid=edged --regid=edged --init-groups --no-new-privs \
-        env -i PATH="$PATH" HOME="$state" LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 \
-        "$1/bin/edged" selftest)
+        env -i PATH="$PATH" HOME="$state" LANG=C.UTF-8 PYTHONDONTWRITEBYTECODE=1 STATE_DIRECTORY="$state" \
+        CREDENTIALS_DIRECTORY="$work/credentials" "$@")
 }
 
 # in_use VERSION: whether a process runs from it
@@ -550,49 +780,67 @@ in_use() {
     return 1
 }
 
-# remove_old KEY: other versions, unless something still runs from them
-remove_old() {
+# others KEY: the versions that are neither that one nor the current one, and that nothing runs from
+others() {
     local each
     for each in "$root$base"/*/; do
         each=${each%/}
         case ${each##*/} in
-            "$1" | '*' | "$(basename "$(readlink "$root$current")" 2>/dev/null)") continue ;;
+            "$1" | '*' | "$(basename "$(readlink "$root$current")" 2>/dev/null)") ;;
+            *)
+                if in_use "$each"; then
+                    say "$each is still in use; the next run removes it" >&2
+                else
+                    echo "$each"
+                fi
+                ;;
         esac
-        if in_use "$each"; then
-            say "$each is still in use; the next run removes it"
-        elif [ -n "${2:-}" ]; then
-            rm -rf "$each"
-        else
-            remove "$each"
-        fi
     done
+}
+
+remove_old() {
+    local old=()
+    mapfile -t old < <(others "$key")
+    remove "${old[@]}"
 }
 
 install_model() {
     [ -n "$model_dir" ] || return 0
-    local edged=$root$current/bin/edged into=$root$model_dir
-    if [ -d "$model" ]; then
-        if [ ! -d "$into" ] && act "copy $model to $into"; then
-            rm -rf "${into%/*}/.${into##*/}.part"
-            cp -rL --preserve=timestamps "$model" "${into%/*}/.${into##*/}.part"
-            chown -R root:root "${into%/*}/.${into##*/}.part"
-            chmod -R u=rwX,go=rX "${into%/*}/.${into##*/}.part"
-            sync -f "${into%/*}"
-            mv -T "${into%/*}/.${into##*/}.part" "$into"
+    local edged=$base/$key/bin/edged into=$root$model_dir part=$root${model_dir%/*}/.${model_dir##*/}.part
+    if [ -d "$into" ]; then
+        :
+    elif [ -d "$model" ]; then
+        if act "copy $model to $into"; then
+            rm -rf "$part"
+            cp -rL --preserve=timestamps "$model" "$part" ||
+                die "$model could not be copied; what was there goes on as it was" \
+                    "see above, then run this again"
+            chown -R root:root "$part"
+            chmod -R u=rwX,go=rX "$part"
+            sync -f "$part"
+            mv -T "$part" "$into"
         fi
-    elif $dry_run; then
-        [ -d "$into" ] || act "fetch $model to $into" || true
-    else
-        local had=true
-        [ -d "$into" ] || had=false
+    elif act "fetch $model to $into"; then
         "$edged" models pull "$model" --to "$into" ${model_folder:+--folder "$model_folder"} \
             ${revision:+--revision "$revision"} ||
-            die "$model could not be fetched" "run this again: it goes on where it was"
-        $had || changed=true
-        if grep -Eqs '"type": *"phi3v"' "$into/genai_config.json"; then sees=true; fi
+            die "$model could not be fetched; what was there goes on as it was" \
+                "see above, then run this again: it goes on where it was"
     fi
+    if grep -Eqs '"type": *"phi3v"' "$into/genai_config.json"; then sees=true; fi
     if $sees && [ ! -e "$into/edged-fused.json" ] && act "fuse $into, so that it sees"; then
-        "$edged" models fuse "$into"
+        "$edged" models fuse "$into" || die "$into could not be fused" "see above, then run this again"
+    fi
+}
+
+remember_options() {
+    {
+        ! $cuda || echo --cuda
+        ! $with_mosquitto || echo --with-mosquitto
+        $systemd || echo --no-systemd
+        if ! $start || $start_if_enabled; then echo --no-start; fi
+    } >"$work/options"
+    if [ -s "$work/options" ] || [ -e "$root$base/.options" ]; then
+        put "$work/options" "$root$base/.options"
     fi
 }
 
@@ -611,55 +859,61 @@ install_settings() {
 
 install_mosquitto() {
     $with_mosquitto || return 0
-    local from=$source/deploy/brokers to=$root/etc/mosquitto before=$changed name
+    local from=$source/deploy/brokers to=$root/etc/mosquitto owes=(edged mosquitto) name
     local authority=$root$config/authority credentials=$root$config/credentials
-    if ! command -v mosquitto >/dev/null && act "install mosquitto and openssl by apt-get"; then
-        apt-get -qq update
+    if [ ${#packages[@]} != 0 ] && act "install ${packages[*]} by apt-get"; then
         DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends \
-            mosquitto openssl >/dev/null 8<&- 9<&-
+            "${packages[@]}" >/dev/null 8<&- 9<&- ||
+            die "apt-get could not install ${packages[*]}" "mend that (apt-get -f install), then run this again"
     fi
     if $dry_run; then
         [ -e "$to/conf.d/edged.conf" ] || act "make certificates and passwords, write $to" || true
         return 0
     fi
-    changed=false
     if [ ! -e "$authority/server.pem" ] && act "make an authority and a certificate in $authority"; then
         install -d -m 700 "$authority"
         local names=(localhost 127.0.0.1)
         name=$(hostname)
         if [[ $name =~ ^[A-Za-z0-9.-]+$ ]]; then names=("$name" "${name%%.*}.local" "${names[@]}"); fi
-        sh "$from/make-certs.sh" "$authority" server "${names[@]}" >/dev/null
+        sh "$from/make-certs.sh" "$authority" server "${names[@]}" >/dev/null ||
+            die "no certificate could be made in $authority" "see above, then run this again"
     fi
-    put "$authority/ca.pem" "$to/certs/ca.pem"
-    put "$authority/server.pem" "$to/certs/server.pem"
-    put "$authority/server.key" "$to/certs/server.key" 640 root:mosquitto
-    put "$authority/ca.pem" "$credentials/mqtt-ca" 600
-    : >"$work/passwords"
-    for name in "$device:mqtt-password" operator:client-password; do
-        if [ ! -e "$credentials/${name#*:}" ]; then
-            head -c 24 /dev/urandom | base64 >"$work/password"
-            put "$work/password" "$credentials/${name#*:}" 600
+    give "$authority/ca.pem" "$to/certs/ca.pem"
+    give "$authority/server.pem" "$to/certs/server.pem"
+    give "$authority/server.key" "$to/certs/server.key" 640 root:mosquitto
+    give "$authority/ca.pem" "$credentials/mqtt-ca" 600
+    for name in mqtt-password client-password; do
+        if [ ! -e "$credentials/$name" ]; then
+            (umask 077 && head -c 24 /dev/urandom | base64 >"$work/password")
+            put "$work/password" "$credentials/$name" 600
         fi
-        echo "${name%:*}:$(head -n 1 "$credentials/${name#*:}")" >>"$work/passwords"
     done
-    if [ ! -e "$to/passwords" ]; then
+    if [ ! -e "$to/passwords" ]; then # yours from then on, as the ACL
+        (umask 077 && printf '%s:%s\n' "$device" "$(head -n 1 "$credentials/mqtt-password")" \
+            operator "$(head -n 1 "$credentials/client-password")" >"$work/passwords")
         mosquitto_passwd -U "$work/passwords"
-        put "$work/passwords" "$to/passwords" 640 root:mosquitto
+        give "$work/passwords" "$to/passwords" 640 root:mosquitto
     fi
-    if [ ! -e "$to/acl" ]; then # yours from then on
+    if [ ! -e "$to/acl" ]; then
         sed "s/\bdoor\b/$device/g" "$from/mosquitto/acl" >"$work/acl"
-        put "$work/acl" "$to/acl" 640 root:mosquitto
+        give "$work/acl" "$to/acl" 640 root:mosquitto
     fi
-    put "$from/mosquitto/listener-tls.conf" "$to/conf.d/listener-tls.conf"
-    put "$from/mosquitto/edged.conf" "$to/conf.d/edged.conf"
-    if $changed && running_systemd; then systemctl restart mosquitto; fi
-    if $before; then changed=true; fi
+    give "$from/mosquitto/listener-tls.conf" "$to/conf.d/listener-tls.conf"
+    give "$from/mosquitto/edged.conf" "$to/conf.d/edged.conf"
+    [ -e "$base/.restart-mosquitto" ] || return 0
+    if running_systemd; then
+        owes=()
+        act "restart mosquitto"
+        systemctl restart mosquitto ||
+            die "mosquitto does not start with what is in $to" \
+                "journalctl -u mosquitto says why; mend it, then run this again"
+    fi
+    rm "$base/.restart-mosquitto"
 }
 
 install_units() {
     $systemd || return 0
-    local before=$changed dropins=() each
-    changed=false
+    local dropins=() each
     if $cuda; then dropins+=(cuda); fi
     if grep -qs 'Raspberry Pi' "$root/proc/device-tree/model"; then dropins+=(pi-sensors); fi
     put "$source/systemd/edged.sysusers" "$root/usr/lib/sysusers.d/edged.conf"
@@ -668,26 +922,69 @@ install_units() {
         put "$source/systemd/edged.service.d/$each.conf" "$root$units/edged.service.d/$each.conf"
     done
     put "$source/systemd/edged.service" "$root$units/edged.service"
-    if $changed && ! $dry_run && running_systemd; then systemctl daemon-reload; fi
-    if $before; then changed=true; fi
 }
 
 start_service() {
-    $systemd && $start && ! $dry_run || return 0
-    if ! running_systemd; then
-        say "systemd does not run here (a container, a chroot): enabled, not started"
-        if ! systemctl --quiet is-enabled edged 2>/dev/null; then
-            act "enable edged" && systemctl --quiet enable edged
+    ! $dry_run || return 0
+    local stale=$base/.restart-edged enabled=false
+    if $systemd && systemctl --quiet is-enabled edged 2>/dev/null; then enabled=true; fi
+    if $start_if_enabled && ! $enabled; then start=false; fi
+    if $systemd && $start && ! $enabled; then act "enable edged" && systemctl --quiet enable edged; fi
+    if ! $systemd || ! running_systemd; then
+        if ! $systemd && [ -e "$stale" ]; then
+            say "an edged that runs goes on as it was until it is started again"
+        elif $start && $systemd; then
+            say "systemd does not run here (a container, a chroot): enabled, not started"
         fi
+        rm -f "$stale"
         return
     fi
-    if ! systemctl --quiet is-enabled edged; then act "enable edged" && systemctl --quiet enable edged; fi
-    # Not waited for: READY is said once the broker answers, and that may take.
-    if ! systemctl --quiet is-active edged; then
-        act "start edged" && systemctl start --no-block edged
-    elif $changed; then
-        act "restart edged" && systemctl restart --no-block edged
+    if [ -e "$stale" ]; then systemctl daemon-reload; fi
+    # Not waited for: READY is said once the broker answers, and that may take; meanwhile it is
+    # `activating`, and must be restarted to see what is new.
+    case $(systemctl is-active edged) in
+        active | activating | reloading | deactivating)
+            if [ ! -e "$stale" ]; then return; fi
+            if ! $start; then
+                say "edged runs on as it was: systemctl restart edged"
+                return
+            fi
+            act "restart edged" && systemctl restart --no-block edged
+            ;;
+        *)
+            if $start; then
+                systemctl reset-failed edged 2>/dev/null || true # it may have been started too often
+                act "start edged" && systemctl start --no-block edged
+            fi
+            ;;
+    esac
+    rm -f "$stale"
+}
+
+# What stands here now, looked at as the service sees it; false if edged is not ready.
+look() {
+    local each
+    install -d -m 700 -o edged -g edged "$work/credentials"
+    for each in "$config"/credentials/*; do
+        [ ! -f "$each" ] || install -m 400 -o edged -g edged "$each" "$work/credentials/"
+    done
+    if ! as_edged "$current/bin/edged" check >"$work/check" 2>&1; then
+        cat "$work/check"
+        say "installed; not ready, for what \`edged check\` found just now: see the lines with ->"
+        return 1
     fi
+    say "\`edged check\` finds nothing wrong"
+    if ! $systemd || ! running_systemd || ! systemctl --quiet is-enabled edged; then return; fi
+    for ((each = 0; each < 300; each++)); do # a large model on a slow card
+        case $(systemctl is-active edged) in
+            active) return ;;
+            activating | deactivating | reloading) sleep 1 ;;
+            *) break ;;
+        esac
+    done
+    say "installed; not ready, edged is $(systemctl is-active edged || true):" \
+        "$(systemctl show --property=StatusText --value edged) (journalctl -u edged says more)"
+    return 1
 }
 
 # Ways -------------------------------------------------------------------------------------------
@@ -715,6 +1012,7 @@ uninstall() {
     remove "$root$current" "$root$base"
     if ! $dry_run && running_systemd; then systemctl daemon-reload; fi
     if $purge; then
+        purge_mosquitto
         remove "$root$config" "$root$state"
         if getent passwd edged >/dev/null && act "remove the user edged"; then userdel edged; fi
     elif [ -e "$root$config" ] || [ -e "$root$state" ]; then
@@ -726,20 +1024,38 @@ uninstall() {
     $changed || say "nothing is installed here; nothing changed"
 }
 
+# What was written for mosquitto goes with the passwords and the authority that it is made from.
+purge_mosquitto() {
+    local files=() each
+    [ -e "$root$given" ] || return 0
+    mapfile -t files < <(sed -n "s|^[0-9a-f]*  - \(/etc/mosquitto/\)|$root\1|p" "$root$given" | sort -u)
+    for each in "${files[@]}"; do
+        if ! ours "$each"; then
+            say "$each was changed by others, who may use mosquitto"
+            return
+        fi
+    done
+    remove "${files[@]}"
+    if ! $dry_run && running_systemd; then systemctl try-restart mosquitto; fi
+}
+
 main() {
+    trap failed ERR
     arguments "$@"
     if $uninstall; then
         uninstall
         return
     fi
+    check_box
+    recall
     extra=cpu
     if $cuda; then extra=cuda; fi
-    check_box
     local each
     for each in /var/tmp/edged-install.*; do # what a run that was killed has left
-        if [ -O "$each" ] && [ ! -L "$each" ]; then flock -n "$each" rm -rf "$each" || true; fi
+        if ! $dry_run && [ -O "$each" ] && [ ! -L "$each" ]; then flock -n "$each" rm -rf "$each" || true; fi
     done
     work=$(mktemp -d /var/tmp/edged-install.XXXXXX)
+    chmod 711 "$work" # the user edged is shown copies of what it may read
     exec 8<"$work"
     flock 8
     trap 'rm -rf "$work"' EXIT
@@ -753,34 +1069,39 @@ main() {
     check_settings
     check_version
     enough_room
+    fetch
 
+    owes=(edged)
     install_user
+    remember_options
     install_version
     install_model
     install_settings
     install_mosquitto
     install_units
+    switch_version
+    owes=()
     start_service
-    $dry_run || remove_old "$key"
+    $dry_run || remove_old
 
     if $dry_run; then
         $changed || say "all is as it should be: nothing would be changed"
-    elif $changed; then
-        say "done: $("$current/bin/edged" --version). To see how it stands, as root:" \
-            "CREDENTIALS_DIRECTORY=$config/credentials edged check (or top, or ask)"
-        if ! $systemd; then
-            say "to run it, as the user edged: CREDENTIALS_DIRECTORY=$config/credentials" \
-                "STATE_DIRECTORY=$state $current/bin/edged run"
-        elif ! $start; then
-            say "to start it, now and with the box: systemctl enable --now edged"
-        fi
-        if $with_mosquitto; then
-            say "clients of the broker: its users are in /etc/mosquitto/acl; mosquitto_passwd adds" \
-                "them, and they need $config/authority/ca.pem"
-        fi
-    else
-        say "all is as it should be: nothing changed"
+        return
     fi
+    $changed || say "nothing changed"
+    if ! $systemd; then
+        say "to run it, as the user edged: CREDENTIALS_DIRECTORY=$config/credentials" \
+            "STATE_DIRECTORY=$state $current/bin/edged run"
+    elif ! $start; then
+        say "to start it, now and with the box: systemctl enable --now edged"
+    fi
+    if $with_mosquitto && $changed; then
+        say "clients of the broker: its users are in /etc/mosquitto/acl; mosquitto_passwd adds" \
+            "them, and they need $config/authority/ca.pem"
+    fi
+    say "to see how it stands, as root: CREDENTIALS_DIRECTORY=$config/credentials edged check (or top, or ask)"
+    look || exit 3
+    if $changed; then say "done: $("$current/bin/edged" --version)"; else say "all is as it should be"; fi
 }
 
 main "$@"

@@ -31,18 +31,19 @@ class Answered:
 
 
 #: What a schema decides: the names of fields, and what opens their values.
-_DECIDED = re.compile(r'[\[{,]*"\w+":(?:\[(?!\]))?"?')
+_DECIDED = re.compile(r'[{,]*"\w+":(?:\[|"?)')
 
 
 def chosen(answer: str) -> list[bool]:
     """Return of each character of a JSON answer whether it is the model's choice under a schema.
 
     Values are, and the character after each, for there the value could have gone on; and whether a
-    list goes on.
+    list begins at all, and goes on.
     """
     choice = [True] * len(answer)
     for found in _DECIDED.finditer(answer):
-        begin = found.start() + (answer[found.start()] != "{")
+        begin = found.start()
+        begin += answer[begin] != "{" or answer[begin - 1 : begin] == "["
         choice[begin : found.end()] = [False] * (found.end() - begin)
     return choice
 

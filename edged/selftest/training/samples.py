@@ -333,9 +333,9 @@ def batch(writer: Writer, random: Random, *, drawn: bool = True) -> Batch:
     rows: list[Row] = []
     if kind < 0.02:
         return copies(writer, random)
-    if kind < 0.14:
+    if kind < 0.16:
         return verdicts(writer, random)
-    if kind < 0.35:
+    if kind < 0.38:
         for _ in range(64):
             system = random.choice(reports.SYSTEMS) if random.random() < 0.1 else None
             refused = random.random() < 0.12

@@ -158,8 +158,10 @@ def test_under_a_schema_only_values_are_the_models_choice() -> None:
         '{"colour":"....."count":.."ok":.....'
     )
     assert decided('{"count":2,"things":[{"shape":"star"},{"shape":"cross"}]}') == (
-        '{"count":.."things":[{"shape":".......{"shape":".........'
+        '{"count":.."things":[."shape":".......{"shape":".........'
     )
+    assert decided('{"things":["star","cross"]}') == '{"things":[................'
+    assert decided('{"things":[]}') == '{"things":[..'
 
 
 def test_the_tests_model_has_the_vocabulary_that_its_script_learns() -> None:
