@@ -969,21 +969,23 @@ look() {
         [ ! -f "$each" ] || install -m 400 -o edged -g edged "$each" "$work/credentials/"
     done
     if ! as_edged "$current/bin/edged" check >"$work/check" 2>&1; then
-        cat "$work/check"
-        say "installed; not ready, for what \`edged check\` found just now: see the lines with ->"
+        sed "s|$work/credentials/|$config/credentials/|g" "$work/check"
+        say "installed; not ready, for what \`edged check\` found just now. To look again, as root:" \
+            "CREDENTIALS_DIRECTORY=$config/credentials edged check"
         return 1
     fi
     say "\`edged check\` finds nothing wrong"
     if ! $systemd || ! running_systemd || ! systemctl --quiet is-enabled edged; then return; fi
     for ((each = 0; each < 300; each++)); do # a large model on a slow card
-        case $(systemctl is-active edged) in
-            active) return ;;
-            activating | deactivating | reloading) sleep 1 ;;
-            *) break ;;
+        case $(systemctl show --property=ActiveState,SubState --value edged | tr '\n' ' ') in
+            'active '*) return ;;
+            *auto-restart* | failed* | inactive*) break ;;
         esac
+        sleep 1
     done
-    say "installed; not ready, edged is $(systemctl is-active edged || true):" \
-        "$(systemctl show --property=StatusText --value edged) (journalctl -u edged says more)"
+    each=$(systemctl show --property=StatusText --value edged)
+    say "installed; not ready, edged is $(systemctl is-active edged || true)${each:+: $each}" \
+        "(journalctl -u edged says more)"
     return 1
 }
 
@@ -1008,6 +1010,9 @@ uninstall() {
     remove "$root$units/edged.service" "$root"/usr/lib/{sysusers,tmpfiles}.d/edged.conf
     if [ "$(readlink "$root/usr/local/bin/edged")" = "$current/bin/edged" ]; then
         remove "$root/usr/local/bin/edged"
+    fi
+    if [ -e "$base/.restart-mosquitto" ] && ! $dry_run && running_systemd; then
+        systemctl try-restart mosquitto
     fi
     remove "$root$current" "$root$base"
     if ! $dry_run && running_systemd; then systemctl daemon-reload; fi
@@ -1099,9 +1104,13 @@ main() {
         say "clients of the broker: its users are in /etc/mosquitto/acl; mosquitto_passwd adds" \
             "them, and they need $config/authority/ca.pem"
     fi
-    say "to see how it stands, as root: CREDENTIALS_DIRECTORY=$config/credentials edged check (or top, or ask)"
     look || exit 3
-    if $changed; then say "done: $("$current/bin/edged" --version)"; else say "all is as it should be"; fi
+    if ! $changed; then
+        say "all is as it should be"
+        return
+    fi
+    say "done: $("$current/bin/edged" --version). To see how it stands, as root:" \
+        "CREDENTIALS_DIRECTORY=$config/credentials edged check (or top, or ask)"
 }
 
 main "$@"

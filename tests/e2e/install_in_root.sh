@@ -48,6 +48,7 @@ options=(--device door --broker broker.invalid --user door --password-file /medi
 echo "not to be seen" >"$root/media/password"
 cp -r "$here/tests/models/phi3v" "$root/media/phi3v" # as it is published: not fused
 cp /etc/resolv.conf "$root/etc/resolv.conf"
+echo "127.0.0.1 localhost" >"$root/etc/hosts"
 # Kills install.sh where $KILL_AT says: a pattern of a function, the command in it, and its arguments.
 cat >"$root/media/kill" <<'KILL'
 if [ -n "${KILL_AT:-}" ] && [ "${0##*/}" = install.sh ]; then
