@@ -1051,8 +1051,8 @@ main() {
         uninstall
         return
     fi
-    check_box
     recall
+    check_box
     extra=cpu
     if $cuda; then extra=cuda; fi
     local each

@@ -85,7 +85,8 @@ killed_at() {
 # listing FORMAT: all that is there; no content changes without its ctime
 listing() {
     (cd "$root" && find . -xdev \( -path ./proc -o -path ./run -o -path ./dev -o -path ./media -o -path ./var/tmp \
-        -o -path ./tmp -o -path ./var/lib/apt -o -path ./var/cache/apt \) -prune -o -printf "$1\n" | sort)
+        -o -path ./tmp -o -path ./var/lib/apt -o -path ./var/cache/apt \
+        -o -path ./var/lib/mosquitto -o -path ./var/log/mosquitto \) -prune -o -printf "$1\n" | sort)
 }
 STRICT='%p %y %m %U:%G %s %T@ %C@ %l'
 LOOSE='%p %y %m %U:%G %l'
@@ -278,7 +279,7 @@ for at in "install_mosquitto DEBIAN*" "install_mosquitto sh *" "give put * */cer
 done
 broker() { # COMMAND…, while mosquitto runs as its unit has it
     inside install -d -o mosquitto /run/mosquitto
-    inside mosquitto -c /etc/mosquitto/mosquitto.conf &
+    chroot "$root" /usr/sbin/mosquitto -c /etc/mosquitto/mosquitto.conf & # no shell between, to be killed
     local broker=$!
     sleep 1
     kill -0 $broker || fail "mosquitto does not run"
