@@ -10,7 +10,7 @@ usage() {
     cat <<'TEXT'
 usage: deploy/arm64-check.sh [--cache DIR] [--mirror URL] [--python PYTHON]
 
-  --cache DIR      where the Debian root and the images are kept (default: $EDGED_ARM64_CACHE, else
+  --cache DIR      where the Debian root and the images are kept (default: $ARM64_CACHE, else
                    build/arm64)
   --mirror URL     Debian's mirror (default: http://deb.debian.org/debian)
   --python PYTHON  the interpreter of this machine's edged (default: .venv/bin/python)
@@ -22,7 +22,7 @@ fail() {
     exit "${2:-1}"
 }
 
-cache=${EDGED_ARM64_CACHE:-build/arm64}
+cache=${ARM64_CACHE:-build/arm64}
 mirror=http://deb.debian.org/debian
 python=.venv/bin/python
 while [ $# -gt 0 ]; do
